@@ -1,0 +1,132 @@
+"""How a script starts: Hydra composes, the dataclasses check, and a mistake costs one line.
+
+Exit codes: 0 done, 2 something in the command, configuration or files to mend (one line on
+standard error, nothing written), 75 stopped by SIGTERM after saving, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.logging import RichHandler
+
+from mamba2lm.schema import ConfigError, closest
+
+T = TypeVar("T")
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+EXIT_MISTAKE = 2
+
+
+def script(
+    config_name: str, schema: type[T]
+) -> Callable[[Callable[[T], int | None]], Callable[[], None]]:
+    """Turn ``main(config)`` into a command that takes Hydra overrides.
+
+    Args:
+        config_name: ``configs/<config_name>.yaml``; its defaults list begins with
+            ``<config_name>_schema``.
+        schema: The root dataclass. ``main`` gets an instance of it and may return an exit code.
+    """
+
+    def decorate(main: Callable[[T], int | None]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def run() -> None:
+            start_logging()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to the clauses below
+            ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+            code = 0
+
+            @functools.wraps(main)
+            def composed(config: DictConfig) -> None:
+                nonlocal code
+                code = main(typed(config)) or 0
+
+            entry = hydra.main(
+                version_base="1.3", config_path=str(CONFIGS), config_name=config_name
+            )(composed)
+            try:
+                entry()
+            except ConfigError as error:
+                fail(str(error))
+            except (HydraException, OmegaConfBaseException) as error:
+                fail(explain(error, schema))
+            sys.exit(code)
+
+        return run
+
+    return decorate
+
+
+def typed(config: DictConfig) -> object:
+    """Turn a composed config into its dataclass.
+
+    Raises:
+        ConfigError: A mandatory value is missing.
+    """
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        key = sorted(missing)[0]
+        raise ConfigError(key, None, f"has to be given, as {key}=… on the command line.")
+    return OmegaConf.to_object(config)
+
+
+def explain(error: Exception, schema: type) -> str:
+    """Say in one line which key Hydra or OmegaConf objects to, its value and what would be right."""
+    reasons: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        reasons.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(reasons)
+    found = re.search(r"full_key: (\S+)", text) or re.search(r"override '[+~]*([\w./]+)", text)
+    key = found.group(1) if found else ""
+    value = next(
+        (a.split("=", 1)[1] for a in sys.argv[1:] if a.lstrip("+~").startswith(f"{key}=")), None
+    )
+    if key and re.search(r"is not in struct|not in '\w+'|Could not find", text):
+        node = OmegaConf.structured(schema)
+        *parents, name = key.split(".")
+        known = OmegaConf.select(node, ".".join(parents)) if parents else node
+        if isinstance(known, DictConfig) and name not in known:
+            names = ", ".join(str(k) for k in known)
+            hint = closest(name, (str(k) for k in known))
+            return f"{key}={value!r}: no such key.{hint} Known: {names}."
+    first = " ".join(line.strip() for line in reasons[0].splitlines() if line.strip())
+    first = re.sub(r"\s*(full_key|object_type|reference_type)[:=]\s*\S+", "", first)
+    if len(reasons) > 1 and not key:
+        first += " " + " ".join(reasons[1].split())
+    return f"{key}={value!r}: {first}" if key and value is not None else first
+
+
+def fail(message: str) -> None:
+    """Print one line on standard error and exit with code 2."""
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.exit(EXIT_MISTAKE)
+
+
+def start_logging() -> None:
+    """Log to standard error, with rich where that is a terminal; standard output stays text."""
+    if sys.stderr.isatty():
+        handler: logging.Handler = RichHandler(
+            console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S"
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("mamba2lm").setLevel(logging.INFO)
+    logging.getLogger("eval").setLevel(logging.INFO)

@@ -1,0 +1,54 @@
+"""The root schemas, composed of the dataclasses that live beside the code they configure.
+
+Only the scripts and tests read this file: no part of the package depends on the whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mamba2lm.data.loader import DataConfig
+from mamba2lm.distributed import ParallelConfig
+from mamba2lm.models import ModelConfig
+from mamba2lm.training.metrics import Tracking
+from mamba2lm.training.optimizer import OptimizerConfig
+from mamba2lm.training.schedule import ScheduleConfig
+from mamba2lm.training.trainer import TrainingConfig
+
+
+@dataclass
+class TrainConfig:
+    """Everything ``train.py`` takes."""
+
+    run_dir: str = "runs/quickstart"
+    """Where the run is kept."""
+    resume: str = "auto"
+    """auto: go on with the run in run_dir, if any; never; or a run or checkpoint to start from."""
+    dry_run: bool = False
+    """Show the configuration, sizes and one step; write nothing."""
+    tracking: Tracking = Tracking.none
+    """Where metrics go besides metrics.jsonl."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def validate(self) -> None:
+        """Check every part; raise ConfigError."""
+        for part in (self.model, self.optimizer, self.schedule, self.training, self.parallel):
+            part.validate()
+
+    def resolved(self) -> dict[str, Any]:
+        """Return plain values as kept in ``config.yaml``, without mixers that are not used."""
+        fields = dataclasses.asdict(dataclasses.replace(self, model=ModelConfig(mixers={})))
+        plain: dict[str, Any] = OmegaConf.to_container(  # type: ignore[assignment]
+            OmegaConf.create(fields), enum_to_str=True
+        )
+        plain["model"] = self.model.resolved()
+        return plain

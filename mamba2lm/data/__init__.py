@@ -1,0 +1,35 @@
+"""Documents to tokens to packed batches, tokenizers, the sampler and the synthetic task."""
+
+from mamba2lm.data.loader import (
+    Corpus,
+    DataConfig,
+    DataKind,
+    TrainingSamples,
+    ValidationSamples,
+    prepare_data,
+    training_batches,
+    validation_batches,
+)
+from mamba2lm.data.packing import IGNORED
+from mamba2lm.data.recall import RecallConfig, generate_recall
+from mamba2lm.data.sources import SourceConfig
+from mamba2lm.data.tokenizer import TextStream, Tokenizer, TokenizerConfig, TokenizerKind
+
+__all__ = [
+    "IGNORED",
+    "Corpus",
+    "DataConfig",
+    "DataKind",
+    "RecallConfig",
+    "SourceConfig",
+    "TextStream",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TokenizerKind",
+    "TrainingSamples",
+    "ValidationSamples",
+    "generate_recall",
+    "prepare_data",
+    "training_batches",
+    "validation_batches",
+]

@@ -1,0 +1,527 @@
+"""From a data config to batches: prepare the corpus once, then draw samples by global index."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mamba2lm.data.packing import PackedDataset
+from mamba2lm.data.recall import RecallConfig, RecallTraining, RecallValidation
+from mamba2lm.data.sampler import EpochOrder, Mixture
+from mamba2lm.data.shards import TokenStore, make_cache, progress_bar, tokenize
+from mamba2lm.data.sources import (
+    Part,
+    Source,
+    digest,
+    find_cut,
+    parse_source,
+    split_documents,
+)
+from mamba2lm.data.tokenizer import SPLIT_PATTERN, Tokenizer, TokenizerConfig, TokenizerKind
+from mamba2lm.schema import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# A BPE sees at most this much text, shared evenly among the sources.
+_BPE_BYTES: Final = 512 * 2**20
+
+
+class DataKind(enum.Enum):
+    """What there is to learn from."""
+
+    text = "text"
+    recall = "recall"
+
+
+@dataclass
+class DataConfig:
+    """What to train and validate on.
+
+    Attributes:
+        kind: Text, or the synthetic associative-recall task.
+        sources: Where text comes from: each a string (``austen``, ``hub:NAME``, a path, folder or
+            glob) or a mapping of `SourceConfig`'s fields.
+        validation_sources: Text to validate on; given, nothing is held out of ``sources``.
+        validation_fraction: Last share of each source's bytes to hold out, in [0, 1).
+        tokenizer: Which tokenizer.
+        sequence_length: Tokens in a sample.
+        reset_at_documents: Forget at document boundaries (samples carry ``seq_idx``); false carries
+            state across them.
+        recall: The synthetic task's shape, where ``kind`` is recall.
+        cache_dir: Where tokens are kept; null means ``$MAMBA2LM_CACHE`` or ``~/.cache/mamba2lm``.
+        num_workers: Processes that read samples ahead; 0 reads in the training process.
+    """
+
+    kind: DataKind = DataKind.text
+    sources: list[Any] = field(default_factory=lambda: ["austen"])
+    validation_sources: list[Any] = field(default_factory=list)
+    validation_fraction: float = 0.05
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    sequence_length: int = 512
+    reset_at_documents: bool = True
+    recall: RecallConfig = field(default_factory=RecallConfig)
+    cache_dir: str | None = None
+    num_workers: int = 0
+
+
+class TrainingSamples(Protocol):
+    """Training samples by their number in the run.
+
+    Attributes:
+        tokens: Tokens in one pass over everything.
+    """
+
+    tokens: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a digest of everything that decides the samples."""
+        ...
+
+    def sample(self, global_index: int) -> dict[str, Tensor]:
+        """Return one sample: ``input_ids``, ``labels`` and perhaps ``seq_idx``, each (L,)."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """Return sources, documents, tokens and bytes, for a log."""
+        ...
+
+
+class ValidationSamples(Protocol):
+    """Samples to validate on, in a fixed order.
+
+    Attributes:
+        tokens: Labels counted over all samples.
+        bytes: UTF-8 bytes of the text they stand for; 0 for a task that is not text.
+    """
+
+    tokens: int
+    bytes: int
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one sample, as `TrainingSamples.sample`."""
+        ...
+
+    def padding(self) -> dict[str, Tensor]:
+        """Return a sample without any label."""
+        ...
+
+
+@dataclass
+class Corpus:
+    """What `prepare_data` prepared.
+
+    Attributes:
+        tokenizer: None where the data are not text.
+        vocab_size: Number of ids that can occur.
+        sequence_length: Positions in a sample.
+        train: Training samples.
+        validation: None where nothing is held out.
+    """
+
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    sequence_length: int
+    train: TrainingSamples
+    validation: ValidationSamples | None
+
+
+class TextTraining:
+    """Windows of text from one or more sources, mixed by weight and shuffled by epoch."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        stores: Sequence[TokenStore],
+        weights: Sequence[float],
+        config: DataConfig,
+        *,
+        seed: int,
+    ) -> None:
+        """Set up the mixture.
+
+        Args:
+            names: The sources' names.
+            stores: Their training tokens.
+            weights: Their shares of the samples.
+            config: Sequence length and resets.
+            seed: The run's seed.
+
+        Raises:
+            ConfigError: A source has fewer tokens than one window.
+        """
+        length = config.sequence_length
+        self.tokens = sum(store.tokens for store in stores)
+        self._names = list(names)
+        self._packed = [
+            PackedDataset(store, length, reset_at_documents=config.reset_at_documents)
+            for store in stores
+        ]
+        for name, packed in zip(names, self._packed, strict=True):
+            packed.require_a_window(name)
+        self._mixture = Mixture(seed, weights)
+        self._orders = [
+            EpochOrder(seed, number, len(packed), length)
+            for number, packed in enumerate(self._packed)
+        ]
+        self._identity = [
+            [store.sha256 for store in stores],
+            self._mixture.counts,
+            length,
+            config.reset_at_documents,
+            seed,
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a digest of tokens, proportions, sequence length, resets and seed."""
+        return digest(self._identity)
+
+    def describe(self) -> dict[str, object]:
+        """Return the sources' names and the sums of documents, tokens and bytes."""
+        stores = [packed.store for packed in self._packed]
+        return {
+            "sources": self._names,
+            "documents": sum(store.documents for store in stores),
+            "tokens": self.tokens,
+            "bytes": sum(store.bytes for store in stores),
+        }
+
+    def sample(self, global_index: int) -> dict[str, Tensor]:
+        """Return sample ``global_index`` of the run, as `PackedDataset.sample`."""
+        source, index = self._mixture.source(global_index)
+        window, shift = self._orders[source].window(index)
+        return self._packed[source].sample(window, shift)
+
+
+class TextValidation:
+    """Disjoint windows that cover the held-out tokens of every source once."""
+
+    def __init__(self, stores: Sequence[TokenStore], config: DataConfig) -> None:
+        """Lay the sources' windows one after another.
+
+        Args:
+            stores: Held-out tokens, each source with two or more.
+            config: Sequence length and resets.
+        """
+        self._packed = [
+            PackedDataset(
+                store, config.sequence_length, reset_at_documents=config.reset_at_documents
+            )
+            for store in stores
+        ]
+        # The first separator of a source is never predicted.
+        self.tokens = sum(store.tokens - 1 for store in stores)
+        self.bytes = sum(store.bytes for store in stores)
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return sum(packed.evaluation_windows for packed in self._packed)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return window ``index``, as `PackedDataset.evaluation_sample`."""
+        if index >= 0:
+            for packed in self._packed:
+                if index < packed.evaluation_windows:
+                    return packed.evaluation_sample(index)
+                index -= packed.evaluation_windows
+        raise IndexError("no such window")
+
+    def padding(self) -> dict[str, Tensor]:
+        """Return a window of nothing but padding."""
+        return self._packed[0].padding_sample()
+
+
+def prepare_data(
+    config: DataConfig,
+    *,
+    seed: int,
+    tokenizer: Tokenizer | None = None,
+    is_main: bool = True,
+    wait: Callable[[], None] = lambda: None,
+) -> Corpus:
+    """Read, tokenise and index the data, or find them in the cache.
+
+    Args:
+        config: The data.
+        seed: The run's seed; it decides the order of the samples.
+        tokenizer: Use this one (of the run that is resumed, of the model that is tuned) instead of
+            what the config says.
+        is_main: Whether this process does the work; the others find it done. Processes that share
+            no cache folder each do it for themselves.
+        wait: A barrier over all processes, called once.
+
+    Returns:
+        The tokenizer and the samples.
+
+    Raises:
+        ConfigError: A value that cannot be, a source that cannot be read, too little text.
+    """
+    _check(config)
+    if config.kind is DataKind.recall:
+        wait()
+        return Corpus(
+            tokenizer=None,
+            vocab_size=config.recall.vocab_size,
+            sequence_length=config.recall.length,
+            train=RecallTraining(config.recall, seed=seed),
+            validation=RecallValidation(config.recall, seed=seed),
+        )
+    # Set before the library starts its threads: it would warn when a worker process forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if not is_main:
+        wait()
+    corpus = _prepare_text(config, seed, tokenizer)
+    if is_main:
+        wait()
+    return corpus
+
+
+def training_batches(
+    samples: TrainingSamples,
+    *,
+    start: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this process's batches, without end.
+
+    Micro-step k gives rank r the global samples ``start + (k · world_size + r) · micro_batch`` and
+    the ``micro_batch − 1`` after it: one process with ``micro_batch · world_size`` sees the same.
+
+    Args:
+        samples: The samples.
+        start: Global index of the first sample; on resume, how many were consumed.
+        micro_batch: Samples a process takes at a time.
+        rank: This process among those that hold different samples.
+        world_size: How many those are.
+        num_workers: Processes that read ahead; the batches are the same whatever the number.
+        pin_memory: Put batches in page-locked memory (only with CUDA).
+
+    Returns:
+        An iterator of ``input_ids``, ``labels`` and perhaps ``seq_idx``, each (micro_batch, L).
+    """
+    batches = _MicroBatches(samples, start, micro_batch, rank, world_size)
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=_Counting(),
+        num_workers=num_workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        # The loader draws a seed for its workers: not from the run's own random numbers.
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def validation_batches(
+    samples: ValidationSamples,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    max_batches: int | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Yield this process's share of the validation samples, the same number on every process.
+
+    Args:
+        samples: The samples.
+        batch_size: Rows in a batch, on each process.
+        rank: This process.
+        world_size: How many processes share the samples.
+        max_batches: Take only so many batches, of samples spread evenly over all.
+
+    Returns:
+        An iterator of batches as `training_batches` gives; rows beyond the last sample are padding
+        whose labels are all −100.
+    """
+    step = batch_size * world_size
+    wanted = len(samples)
+    if max_batches is not None:
+        wanted = min(wanted, max_batches * step)
+    chosen = [number * len(samples) // wanted for number in range(wanted)]
+    for begin in range(0, wanted, step):
+        first = begin + rank * batch_size
+        rows = [samples[index] for index in chosen[first : first + batch_size]]
+        rows += [samples.padding() for _ in range(batch_size - len(rows))]
+        yield _stack(rows)
+
+
+class _Counting(Sampler[int]):
+    """The indices 0, 1, 2 and so on, without end."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(2**62))
+
+
+class _MicroBatches(Dataset[dict[str, Tensor]]):
+    """One process's batch for every micro-step."""
+
+    def __init__(
+        self, samples: TrainingSamples, start: int, micro_batch: int, rank: int, world_size: int
+    ) -> None:
+        self._samples = samples
+        self._start = start
+        self._micro_batch = micro_batch
+        self._rank = rank
+        self._world_size = world_size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        first = self._start + (index * self._world_size + self._rank) * self._micro_batch
+        return _stack([self._samples.sample(first + row) for row in range(self._micro_batch)])
+
+
+def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _check(config: DataConfig) -> None:
+    if not 0.0 <= config.validation_fraction < 1.0:
+        raise ConfigError(
+            "data.validation_fraction",
+            config.validation_fraction,
+            "use a share of at least 0 (nothing held out) and below 1.",
+        )
+    if config.sequence_length < 1:
+        raise ConfigError("data.sequence_length", config.sequence_length, "use 1 or more.")
+    if config.num_workers < 0:
+        raise ConfigError("data.num_workers", config.num_workers, "use 0 or more.")
+    if config.kind is DataKind.text and not config.sources:
+        raise ConfigError(
+            "data.sources", config.sources, "name at least one source, for example [austen]."
+        )
+
+
+def _prepare_text(config: DataConfig, seed: int, tokenizer: Tokenizer | None) -> Corpus:
+    cache = make_cache(config.cache_dir)
+    sources = _open_sources(config.sources, "data.sources", cache)
+    # Opened now, so that a wrong path fails before the training text is tokenised.
+    validation_sources = _open_sources(config.validation_sources, "data.validation_sources", cache)
+    fraction = 0.0 if validation_sources else config.validation_fraction
+    if tokenizer is None:
+        tokenizer = make_tokenizer(config.tokenizer, sources, fraction, cache)
+    parts = [tokenize(source, tokenizer, fraction, cache) for source in sources]
+    held_out = [part[Part.validation] for part in parts]
+    if validation_sources:
+        held_out = [
+            tokenize(source, tokenizer, 1.0, cache)[Part.validation]
+            for source in validation_sources
+        ]
+    held_out = [store for store in held_out if store.tokens > 1]
+    return Corpus(
+        tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        sequence_length=config.sequence_length,
+        train=TextTraining(
+            [source.name for source in sources],
+            [part[Part.train] for part in parts],
+            [source.config.weight for source in sources],
+            config,
+            seed=seed,
+        ),
+        validation=TextValidation(held_out, config) if held_out else None,
+    )
+
+
+def _open_sources(values: list[Any], key: str, cache: Path) -> list[Source]:
+    keys = [f"{key}[{number}]" for number in range(len(values))]
+    return [
+        Source(parse_source(value, name), name, cache)
+        for value, name in zip(values, keys, strict=True)
+    ]
+
+
+def make_tokenizer(
+    config: TokenizerConfig, sources: Sequence[Source], fraction: float, cache: Path
+) -> Tokenizer:
+    """Make the tokenizer a config asks for; a trained BPE is kept in the cache.
+
+    Args:
+        config: Which tokenizer.
+        sources: What a BPE is trained on.
+        fraction: Share of each source that is held out, which a BPE never sees.
+        cache: The cache's folder.
+
+    Raises:
+        ConfigError: No path for a pretrained tokenizer, or too small a vocabulary for a BPE.
+    """
+    if config.kind is TokenizerKind.bytes:
+        return Tokenizer.of_bytes()
+    if config.kind is TokenizerKind.pretrained:
+        if not config.path:
+            raise ConfigError(
+                "data.tokenizer.path",
+                config.path,
+                "kind=pretrained needs a tokenizer.json file, its folder, or a hub name.",
+            )
+        return Tokenizer.load(config.path)
+    if config.vocab_size is None or config.vocab_size < 257:
+        raise ConfigError(
+            "data.tokenizer.vocab_size",
+            config.vocab_size,
+            "a BPE needs 257 or more: 256 bytes and the end-of-text token.",
+        )
+    identity = [
+        SPLIT_PATTERN,
+        config.vocab_size,
+        fraction,
+        [source.fingerprint() for source in sources],
+    ]
+    folder = cache / "tokenizers" / digest(identity)[:32]
+    if not (folder / "tokenizer.json").is_file():
+        _train_bpe(sources, fraction, config.vocab_size, folder)
+    return Tokenizer.load(folder)
+
+
+def _train_bpe(sources: Sequence[Source], fraction: float, vocab_size: int, folder: Path) -> None:
+    logger.info("training a BPE of %d tokens", vocab_size)
+    with progress_bar() as progress:
+        task = progress.add_task("reading for the tokenizer", total=None)
+
+        def texts() -> Iterator[str]:
+            for source in sources:
+                left = _BPE_BYTES // len(sources)
+                cut = find_cut(source, fraction)
+                for part, text in split_documents(source.documents(), cut):
+                    if part is Part.validation or left <= 0:
+                        break
+                    size = len(text.encode())
+                    left -= size
+                    progress.update(task, advance=size)
+                    yield text
+
+        tokenizer = Tokenizer.train(texts(), vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        logger.warning(
+            "the text gives a BPE of only %d tokens, not %d", tokenizer.vocab_size, vocab_size
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+    try:
+        tokenizer.save(temporary)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            # Another process trained the same tokenizer first; use that.
+            if not (folder / "tokenizer.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

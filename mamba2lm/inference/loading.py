@@ -1,0 +1,110 @@
+"""From a folder to a model and a tokenizer that are ready to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from mamba2lm.data.tokenizer import Tokenizer
+from mamba2lm.host import tune_host
+from mamba2lm.models import LanguageModel
+from mamba2lm.models.checkpoint import TOKENIZER, load_model, read_config, resolve
+from mamba2lm.schema import ConfigError, closest
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+@dataclass
+class LoadedRun:
+    """A checkpoint in memory."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer | None
+    """None where the model was trained on a synthetic task."""
+    folder: Path
+    """The checkpoint folder that was found."""
+    config: dict[str, Any]
+    """The run's configuration, as plain values."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the model, computed when first asked for."""
+        return self.model.fingerprint()
+
+
+def load_run(
+    path: str | Path, *, key: str = "checkpoint", device: str = "auto", dtype: str = "auto"
+) -> LoadedRun:
+    """Load a run's newest valid checkpoint, or one checkpoint.
+
+    Args:
+        path: A run folder or a checkpoint folder.
+        key: Config key that held the path, for errors.
+        device: ``auto`` (a GPU where there is one) or a torch device.
+        dtype: ``auto`` (bfloat16 on a GPU that has it, else float32) or one of ``DTYPES``.
+
+    Raises:
+        ConfigError: Nothing usable at the path, a tokenizer that does not fit the model, or a
+            device or dtype that there is not.
+    """
+    chosen_device = choose_device(device)
+    chosen_dtype = choose_dtype(dtype, chosen_device)
+    tune_host()
+    folder = resolve(path, key)
+    config = read_config(folder, key)
+    model = load_model(folder, key=key, device=chosen_device, dtype=chosen_dtype)
+    tokenizer = None
+    if (folder / TOKENIZER).is_dir():
+        tokenizer = Tokenizer.load(folder / TOKENIZER, key)
+        if tokenizer.vocab_size != model.vocab_size:
+            raise ConfigError(
+                key,
+                str(path),
+                f"its tokenizer has {tokenizer.vocab_size:,} ids and its model "
+                f"{model.vocab_size:,}; put the tokenizer it was trained with into "
+                f"{folder / TOKENIZER}.",
+            )
+    return LoadedRun(model, tokenizer, folder, config)
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device that a config means.
+
+    Raises:
+        ConfigError: Not a device's name, or there is none of it here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            "device", device, f"cannot be used here ({reason}); use auto, cpu or cuda."
+        ) from error
+    return chosen
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype that a config means on a device.
+
+    Raises:
+        ConfigError: Not one of ``DTYPES``.
+    """
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(
+            "dtype", dtype, f"must be auto, {', '.join(DTYPES)}.{closest(dtype, DTYPES)}"
+        )
+    return DTYPES[dtype]

@@ -1,0 +1,197 @@
+"""Mamba-1, letter ``S``: the selective SSM S6 (Gu & Dao 2023, arXiv:2312.00752, §3).
+
+Axes: b batch, l length, d model width, i inner width, r rank of Δ, n state, w convolution width.
+
+B, C and Δ are made from x after the convolution, in sequence; every channel is its own SSM with a
+diagonal A of N values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba2lm import ops
+from mamba2lm.layers.initialization import sample_dt_bias
+from mamba2lm.layers.mixer import Mixer, MixerConfig, recurrent_dtype, register, require
+from mamba2lm.layers.state import State
+from mamba2lm.ops.flops import selective_scan_flops
+
+
+@dataclass
+class Mamba1Config(MixerConfig):
+    """Shape and initialisation of a Mamba-1 mixer (defaults: the released models)."""
+
+    d_state: int = 16
+    """N, the state per channel."""
+    expand: float = 2
+    """Inner width over model width."""
+    d_conv: int = 4
+    """Width of the causal convolution."""
+    dt_rank: int | None = None
+    """Rank of the projection that makes Δ; default d_model / 16, rounded up."""
+    conv_bias: bool = True
+    bias: bool = False
+    """Biases on in_proj and out_proj."""
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+
+    def validate(self, d_model: int, key: str) -> None:
+        require(self.d_state >= 1, f"{key}.d_state", self.d_state, "must be ≥ 1.")
+        require(1 <= self.d_conv <= 4, f"{key}.d_conv", self.d_conv, "must be 1 to 4.")
+        inner = self.expand * d_model
+        require(
+            inner == int(inner) and inner >= 1,
+            f"{key}.expand",
+            self.expand,
+            f"expand·d_model = {inner:g} must be a whole number; change expand or model.d_model.",
+        )
+        require(
+            self.dt_rank is None or self.dt_rank >= 1, f"{key}.dt_rank", self.dt_rank,
+            "must be ≥ 1, or null for d_model / 16.",
+        )  # fmt: skip
+        require(
+            0 < self.dt_min <= self.dt_max,
+            f"{key}.dt_min",
+            self.dt_min,
+            f"must be positive and at most dt_max={self.dt_max}.",
+        )
+
+
+@register("mamba1", letter="S")
+class Mamba1(Mixer):
+    """Mamba-1 mixer."""
+
+    config_class = Mamba1Config
+    float32_parameters = ("A_log", "D", "dt_proj.bias")
+
+    def __init__(self, config: Mamba1Config, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.d_inner = int(config.expand * d_model)
+        self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=config.bias)  # rows [x, z]
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, config.d_conv, groups=self.d_inner, bias=config.conv_bias
+        )
+        # Rows [dt, B, C].
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * config.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, config.d_state, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.d_inner, dtype=torch.float32))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+
+    def init_weights(self) -> None:
+        config = self.config
+        for layer in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
+            layer.reset_parameters()
+        with torch.no_grad():
+            self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            self.dt_proj.bias.copy_(
+                sample_dt_bias(
+                    self.dt_proj.bias, config.dt_min, config.dt_max, config.dt_init_floor
+                )
+            )
+            # S4D-real: A = −1, …, −N in every channel.
+            self.A_log.copy_(torch.arange(1, config.d_state + 1).log().expand_as(self.A_log))
+            self.D.fill_(1.0)
+
+    def forward(
+        self, x_bld: Tensor, state: State | None = None, *, seq_idx_bl: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        x_bli, z_bli = self.in_proj(x_bld).chunk(2, dim=-1)
+        conv = ops.causal_conv1d(
+            x_bli,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_states=None if state is None else state["conv"],
+            seq_idx=seq_idx_bl,
+            return_final_states=state is not None,
+        )
+        x_bli, conv_state = conv if state is not None else (conv, None)
+        dt_bli, B_bln, C_bln = self._select(x_bli)
+        scan = ops.selective_scan(
+            x_bli,
+            dt_bli,
+            -torch.exp(self.A_log),
+            B_bln,
+            C_bln,
+            D=self.D,
+            z=z_bli,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            initial_states=None if state is None else state["ssm"],
+            seq_idx=seq_idx_bl,
+            return_final_states=state is not None,
+        )
+        y_bli, ssm_state = scan if state is not None else (scan, None)
+        out_bld = self.out_proj(y_bli)
+        if state is None:
+            return out_bld, None
+        return out_bld, state.replace(conv=conv_state.to(state["conv"].dtype), ssm=ssm_state)
+
+    def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
+        x_bi, z_bi = self.in_proj(x_bd).chunk(2, dim=-1)
+        x_bi, conv_state = ops.causal_conv1d_update(
+            x_bi, state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+        )
+        dt_bi, B_bn, C_bn = self._select(x_bi)
+        y_bi, ssm_state = ops.selective_state_update(
+            state["ssm"],
+            x_bi,
+            dt_bi,
+            -torch.exp(self.A_log),
+            B_bn,
+            C_bn,
+            D=self.D,
+            z=z_bi,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+        )
+        state["conv"].copy_(conv_state)
+        state["ssm"].copy_(ssm_state)
+        return self.out_proj(y_bi), state
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Make Δ (…, i; before bias and softplus), B (…, n) and C (…, n) from x (…, i)."""
+        n = self.config.d_state
+        dt_r, B, C = self.x_proj(x).split([self.dt_rank, n, n], dim=-1)
+        return F.linear(dt_r, self.dt_proj.weight), B, C
+
+    def new_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> State:
+        weight, config = self.out_proj.weight, self.config
+        device = device or weight.device
+        return State(
+            conv=torch.zeros(
+                batch, config.d_conv - 1, self.d_inner, dtype=dtype or weight.dtype, device=device
+            ),
+            ssm=torch.zeros(
+                batch,
+                self.d_inner,
+                config.d_state,
+                dtype=recurrent_dtype(weight.dtype),
+                device=device,
+            ),
+        )
+
+    def residual_weight(self) -> nn.Parameter:
+        return self.out_proj.weight
+
+    def flops_per_token(self, length: int) -> float:
+        layers = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        projections = 2 * sum(layer.weight.numel() for layer in layers)
+        convolution = 2 * self.config.d_conv * self.d_inner
+        scan = selective_scan_flops(
+            batch=1, length=length, d_inner=self.d_inner, d_state=self.config.d_state
+        )
+        return projections + convolution + scan / length

@@ -1,0 +1,236 @@
+"""Mamba-2, letter ``M``: gated state-space duality (Dao & Gu 2024, arXiv:2405.21060, §7).
+
+Axes: b batch, l length, d model width, i inner width (= heads · head dim), h heads, p head dim,
+g groups, n state, w convolution width, c convolved channels (x, B and C side by side).
+
+One projection gives z, x, B, C and Δ in parallel; a short causal convolution runs over x|B|C; the
+SSD operator mixes along time; the result is gated by SiLU(z), normalised in groups, projected out.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from mamba2lm import ops
+from mamba2lm.layers.initialization import sample_dt_bias
+from mamba2lm.layers.mixer import Mixer, MixerConfig, recurrent_dtype, register, require
+from mamba2lm.layers.norm import GatedRMSNorm
+from mamba2lm.layers.state import State
+from mamba2lm.ops.flops import ssd_flops
+
+
+@dataclass
+class Mamba2Config(MixerConfig):
+    """Shape and initialisation of a Mamba-2 mixer (defaults: the released models)."""
+
+    d_state: int = 128
+    """N, the state per head and channel."""
+    headdim: int = 64
+    """P, channels per head."""
+    expand: float = 2
+    """Inner width over model width."""
+    ngroups: int = 1
+    """G, groups of heads that share B and C."""
+    d_conv: int = 4
+    """Width of the causal convolution."""
+    chunk_size: int = 64
+    """Q, positions per chunk of the SSD algorithm: speed only, never the result."""
+    conv_bias: bool = True
+    bias: bool = False
+    """Biases on in_proj and out_proj."""
+    A_init_range: list[float] = field(default_factory=lambda: [1.0, 16.0])
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+    dt_limit: list[float] = field(default_factory=lambda: [0.0, math.inf])
+    """Clamp of Δ after the softplus."""
+    norm_eps: float = 1e-5
+
+    def validate(self, d_model: int, key: str) -> None:
+        for name in ("d_state", "headdim", "ngroups", "chunk_size"):
+            require(getattr(self, name) >= 1, f"{key}.{name}", getattr(self, name), "must be ≥ 1.")
+        require(1 <= self.d_conv <= 4, f"{key}.d_conv", self.d_conv, "must be 1 to 4.")
+        inner = self.expand * d_model
+        require(
+            inner == int(inner) and int(inner) % self.headdim == 0,
+            f"{key}.headdim",
+            self.headdim,
+            f"must divide the inner width expand·d_model = {inner:g}; "
+            "change headdim, expand or model.d_model.",
+        )
+        heads = int(inner) // self.headdim
+        require(
+            heads % self.ngroups == 0,
+            f"{key}.ngroups",
+            self.ngroups,
+            f"must divide the number of heads, {heads} (= expand·d_model / headdim).",
+        )
+        require(
+            len(self.A_init_range) == 2 and 0 < self.A_init_range[0] <= self.A_init_range[1],
+            f"{key}.A_init_range",
+            self.A_init_range,
+            "must be two positive numbers [low, high].",
+        )
+        require(
+            len(self.dt_limit) == 2 and 0 <= self.dt_limit[0] < self.dt_limit[1],
+            f"{key}.dt_limit",
+            self.dt_limit,
+            "must be [low, high] with 0 ≤ low < high.",
+        )
+        require(
+            0 < self.dt_min <= self.dt_max,
+            f"{key}.dt_min",
+            self.dt_min,
+            f"must be positive and at most dt_max={self.dt_max}.",
+        )
+
+
+@register("mamba2", letter="M")
+class Mamba2(Mixer):
+    """Mamba-2 mixer."""
+
+    config_class = Mamba2Config
+    float32_parameters = ("A_log", "D", "dt_bias")
+
+    def __init__(self, config: Mamba2Config, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.d_inner = int(config.expand * d_model)
+        self.n_heads = self.d_inner // config.headdim
+        self.d_groups = config.ngroups * config.d_state
+        self.d_conv_in = self.d_inner + 2 * self.d_groups
+        self.dt_limit = (config.dt_limit[0], config.dt_limit[1])
+
+        # Rows in the released order [z, x, B, C, dt].
+        self.in_proj = nn.Linear(
+            d_model, self.d_inner + self.d_conv_in + self.n_heads, bias=config.bias
+        )
+        self.conv1d = nn.Conv1d(
+            self.d_conv_in, self.d_conv_in, config.d_conv, groups=self.d_conv_in,
+            bias=config.conv_bias,
+        )  # fmt: skip
+        self.A_log = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(self.d_inner, self.d_inner // config.ngroups, config.norm_eps)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=config.bias)
+
+    def init_weights(self) -> None:
+        config = self.config
+        self.in_proj.reset_parameters()
+        self.conv1d.reset_parameters()
+        self.out_proj.reset_parameters()
+        self.norm.init_weights()
+        with torch.no_grad():
+            self.A_log.uniform_(*config.A_init_range).log_()
+            self.D.fill_(1.0)
+            self.dt_bias.copy_(
+                sample_dt_bias(self.dt_bias, config.dt_min, config.dt_max, config.dt_init_floor)
+            )
+
+    def forward(
+        self, x_bld: Tensor, state: State | None = None, *, seq_idx_bl: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        batch, length, _ = x_bld.shape
+        z_bli, xBC_blc, dt_blh = self._project(x_bld)
+        conv = ops.causal_conv1d(
+            xBC_blc,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_states=None if state is None else state["conv"],
+            seq_idx=seq_idx_bl,
+            return_final_states=state is not None,
+        )
+        xBC_blc, conv_state = conv if state is not None else (conv, None)
+        x_bli, B_bl, C_bl = xBC_blc.split([self.d_inner, self.d_groups, self.d_groups], dim=-1)
+        groups = (batch, length, self.config.ngroups, self.config.d_state)
+        ssd = ops.ssd(
+            x_bli.view(batch, length, self.n_heads, self.config.headdim),
+            dt_blh,
+            -torch.exp(self.A_log),
+            B_bl.view(groups),
+            C_bl.view(groups),
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+            initial_states=None if state is None else state["ssm"],
+            seq_idx=seq_idx_bl,
+            return_final_states=state is not None,
+            chunk_size=self.config.chunk_size,
+        )
+        y_blhp, ssm_state = ssd if state is not None else (ssd, None)
+        y_bli = self.norm(y_blhp.reshape(batch, length, self.d_inner), z_bli)
+        out_bld = self.out_proj(y_bli)
+        if state is None:
+            return out_bld, None
+        return out_bld, state.replace(conv=conv_state.to(state["conv"].dtype), ssm=ssm_state)
+
+    def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
+        batch = x_bd.shape[0]
+        z_bi, xBC_bc, dt_bh = self._project(x_bd)
+        xBC_bc, conv_state = ops.causal_conv1d_update(
+            xBC_bc, state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            activation="silu",
+        )  # fmt: skip
+        x_bi, B_bn, C_bn = xBC_bc.split([self.d_inner, self.d_groups, self.d_groups], dim=-1)
+        groups = (batch, self.config.ngroups, self.config.d_state)
+        y_bhp, ssm_state = ops.ssd_state_update(
+            state["ssm"],
+            x_bi.view(batch, self.n_heads, self.config.headdim),
+            dt_bh,
+            -torch.exp(self.A_log),
+            B_bn.view(groups),
+            C_bn.view(groups),
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+        )
+        out_bd = self.out_proj(self.norm(y_bhp.reshape(batch, self.d_inner), z_bi))
+        state["conv"].copy_(conv_state)
+        state["ssm"].copy_(ssm_state)
+        return out_bd, state
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return z (…, i), x|B|C (…, c) and Δ before bias and softplus (…, h)."""
+        zxBCdt = self.in_proj(x)
+        z, xBC, dt = zxBCdt.split([self.d_inner, self.d_conv_in, self.n_heads], dim=-1)
+        return z, xBC, dt
+
+    def new_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> State:
+        weight, config = self.out_proj.weight, self.config
+        device = device or weight.device
+        shape = (batch, self.n_heads, config.headdim, config.d_state)
+        return State(
+            conv=torch.zeros(
+                batch, config.d_conv - 1, self.d_conv_in, dtype=dtype or weight.dtype, device=device
+            ),
+            ssm=torch.zeros(shape, dtype=recurrent_dtype(weight.dtype), device=device),
+        )
+
+    def residual_weight(self) -> nn.Parameter:
+        return self.out_proj.weight
+
+    def flops_per_token(self, length: int) -> float:
+        config = self.config
+        projections = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
+        convolution = 2 * config.d_conv * self.d_conv_in
+        ssd = ssd_flops(
+            batch=1,
+            length=length,
+            n_heads=self.n_heads,
+            head_dim=config.headdim,
+            n_groups=config.ngroups,
+            d_state=config.d_state,
+            chunk_size=config.chunk_size,
+        )
+        return projections + convolution + ssd / length

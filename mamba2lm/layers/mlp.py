@@ -1,0 +1,67 @@
+"""Gated MLP, letter ``F``: SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba2lm.layers.mixer import Mixer, MixerConfig, register, require
+from mamba2lm.layers.state import State
+
+
+@dataclass
+class MLPConfig(MixerConfig):
+    """Shape of a gated MLP."""
+
+    d_ff: int | None = None
+    """Hidden width; default 8/3 of d_model, rounded up to a multiple of 128."""
+    bias: bool = False
+
+    def validate(self, d_model: int, key: str) -> None:
+        require(
+            self.d_ff is None or self.d_ff >= 1, f"{key}.d_ff", self.d_ff,
+            "must be ≥ 1, or null for 8/3 of d_model.",
+        )  # fmt: skip
+
+
+@register("mlp", letter="F")
+class MLP(Mixer):
+    """Position-wise ``fc2(silu(gate) · up)``; carries no state."""
+
+    config_class = MLPConfig
+
+    def __init__(self, config: MLPConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_model = d_model
+        self.d_ff = config.d_ff or 128 * math.ceil(8 * d_model / 3 / 128)
+        self.fc1 = nn.Linear(d_model, 2 * self.d_ff, bias=config.bias)  # rows [gate, up]
+        self.fc2 = nn.Linear(self.d_ff, d_model, bias=config.bias)
+
+    def init_weights(self) -> None:
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+
+    def forward(
+        self, x_bld: Tensor, state: State | None = None, *, seq_idx_bl: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        gate, up = self.fc1(x_bld).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * up), state
+
+    def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.forward(x_bd)[0], state
+
+    def new_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> State:
+        return State()
+
+    def residual_weight(self) -> nn.Parameter:
+        return self.fc2.weight
+
+    def flops_per_token(self, length: int) -> float:
+        return 2 * (self.fc1.weight.numel() + self.fc2.weight.numel())

@@ -1,0 +1,227 @@
+"""The whole model: embedding → blocks → norm → head.
+
+Axes: b batch, l length, d model width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mamba2lm.layers import Mixer, RMSNorm, State, mixer_class
+from mamba2lm.models.config import ModelConfig
+from mamba2lm.models.state import ModelState
+from mamba2lm.ops import linear_cross_entropy
+
+
+class LanguageModelOutput(NamedTuple):
+    """What a forward pass returns; fields that were not asked for are None."""
+
+    loss: Tensor | None = None
+    """Mean negative log-likelihood of the labels, nats per token, float32."""
+    logits: Tensor | None = None
+    """(b, l, vocab_size), or (b, 1, vocab_size) with ``last_only``, float32."""
+    state: ModelState | None = None
+
+
+class Block(nn.Module):
+    """One residual sub-layer: ``x + mixer(norm(x))``."""
+
+    def __init__(self, mixer: Mixer, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = mixer
+
+    def forward(
+        self, x_bld: Tensor, state: State | None, seq_idx_bl: Tensor | None
+    ) -> tuple[Tensor, State | None]:
+        """Return the new residual stream (in x's dtype) and the mixer's state."""
+        y_bld, state = self.mixer(self.norm(x_bld), state, seq_idx_bl=seq_idx_bl)
+        return x_bld + y_bld, state
+
+    def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
+        """Do the same for one token."""
+        y_bd, state = self.mixer.step(self.norm(x_bd), state)
+        return x_bd + y_bd, state
+
+
+class LanguageModel(nn.Module):
+    """A stack of mixers that predicts the next token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build the model with uninitialised weights; call ``init_weights`` or load some.
+
+        Args:
+            config: Checked with ``config.validate()``; ``vocab_size`` must be set.
+        """
+        super().__init__()
+        config.validate()
+        assert config.vocab_size is not None
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.activation_checkpointing = False
+
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.layers = nn.ModuleList()
+        for letter in config.letters:
+            cls = mixer_class(config.mixer_type(letter), f"model.mixers.{letter}.type")
+            self.layers.append(Block(cls(config.mixer_config(letter), config.d_model), config))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The sub-layers, typed."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Initialise every weight in place, the same for the same seed on the same device kind.
+
+        Embedding N(0, 0.02²); mixers as they say; what writes to the residual stream is divided by
+        sqrt(number of sub-layers) (Radford et al. 2019), as in the released Mambas.
+        """
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+            if not self.config.tie_embeddings:
+                nn.init.normal_(self.lm_head.weight, std=0.02)
+            for block in self.blocks:
+                block.norm.init_weights()
+                block.mixer.init_weights()
+                block.mixer.residual_weight().div_(math.sqrt(len(self.layers)))
+            self.norm_f.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        seq_idx: Tensor | None = None,
+        state: ModelState | None = None,
+        last_only: bool = False,
+        loss_reduction: str = "mean",
+    ) -> LanguageModelOutput:
+        """Run a stretch of tokens through the model.
+
+        Args:
+            input_ids: (b, l) int64.
+            labels: (b, l) int64, what to predict at each position (already shifted), −100 where
+                nothing. When given, the loss is computed and the logits are not.
+            seq_idx: (b, l) integers; the sequence restarts where the value changes.
+            state: What came before (``new_state`` or one returned earlier); None when nothing did
+                and no state is wanted back.
+            last_only: Compute the logits of the last position only.
+            loss_reduction: "mean" or "sum" over labels, or "none" for one loss a position (b, l).
+        """
+        x_bld = self._embed(input_ids)
+        states: list[State | None] = []
+        for i, block in enumerate(self.blocks):
+            mine = None if state is None else state.layers[i]
+            if self.activation_checkpointing and self.training:
+                x_bld, mine = checkpoint(block, x_bld, mine, seq_idx, use_reentrant=False)  # type: ignore[misc]
+            else:
+                x_bld, mine = block(x_bld, mine, seq_idx)
+            states.append(mine)
+        new_state = None if state is None else ModelState(states)  # type: ignore[arg-type]
+        if labels is not None:
+            loss = linear_cross_entropy(
+                self.norm_f(x_bld),
+                self.lm_head.weight,
+                labels,
+                vocab_size=self.vocab_size,
+                reduction=loss_reduction,
+            )
+            return LanguageModelOutput(loss=loss, state=new_state)
+        return LanguageModelOutput(
+            logits=self._head(x_bld[:, -1:] if last_only else x_bld), state=new_state
+        )
+
+    def step(self, ids_b: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """Run one token; may overwrite ``state`` (``clone`` it to keep it).
+
+        Args:
+            ids_b: (b,) int64.
+            state: What came before.
+
+        Returns:
+            Logits of the next token (b, vocab_size) float32, and the state.
+        """
+        x_bd = self._embed(ids_b)
+        for i, block in enumerate(self.blocks):
+            x_bd, state.layers[i] = block.step(x_bd, state.layers[i])
+        return self._head(x_bd), state
+
+    def new_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> ModelState:
+        """Return the state before any token, on the weights' device unless told otherwise."""
+        return ModelState(
+            [block.mixer.new_state(batch, dtype=dtype, device=device) for block in self.blocks]
+        )
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        if self.config.residual_in_fp32:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x
+
+    def _head(self, x: Tensor) -> Tensor:
+        # Padded ids have no logit at all, so nothing can ever sample one.
+        logits = F.linear(self.norm_f(x), self.lm_head.weight[: self.vocab_size])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def float32_parameters(self) -> set[str]:
+        """Return the names of parameters never cast below float32 and never decayed."""
+        return {
+            f"layers.{i}.mixer.{name}"
+            for i, block in enumerate(self.blocks)
+            for name in block.mixer.float32_parameters
+        }
+
+    def cast(self, dtype: torch.dtype) -> LanguageModel:
+        """Cast weights to ``dtype``, all but those that stay float32 (A_log, D, Δ bias)."""
+        kept = self.float32_parameters() if dtype.itemsize < 4 else set()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name not in kept:
+                    parameter.data = parameter.data.to(dtype)
+        return self
+
+    def materialize(self, device: torch.device | str) -> LanguageModel:
+        """Give a model built on the meta device real, uninitialised storage."""
+        self.to_empty(device=device)
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight  # to_empty unties
+        return self
+
+    def parameter_count(self, *, embedding: bool = True) -> int:
+        """Return the number of parameters, with a tied embedding counted once."""
+        count = sum(p.numel() for p in self.parameters())
+        return count if embedding else count - self.embedding.weight.numel()
+
+    def flops_per_token(self, length: int) -> float:
+        """Return forward FLOPs per token in sequences of ``length``; a multiply-add is two.
+
+        The embedding look-up is free; the head counts with the padded vocabulary. Training costs
+        three times this: the backward pass does two products for each one of the forward.
+        """
+        head = 2 * self.lm_head.weight.numel()
+        return head + sum(block.mixer.flops_per_token(length) for block in self.blocks)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the configuration and of the weights' values."""
+        digest = hashlib.sha256(json.dumps(self.config.resolved(), sort_keys=True).encode())
+        for name, parameter in self.named_parameters():
+            digest.update(name.encode())
+            data = parameter.detach().reshape(-1).contiguous().cpu()
+            digest.update(data.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:32]

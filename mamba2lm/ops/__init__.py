@@ -1,0 +1,24 @@
+"""The mathematics: one folder per operator, each with a reference to test against.
+
+The functions below are the public ones. They share the names of their folders; a folder's own
+modules are imported as ``from mamba2lm.ops.ssd.reference import ssd_chunked``.
+"""
+
+from mamba2lm.ops.causal_conv1d.op import causal_conv1d, causal_conv1d_update
+from mamba2lm.ops.gated_rms_norm.op import gated_rms_norm, rms_norm
+from mamba2lm.ops.linear_cross_entropy.op import linear_cross_entropy
+from mamba2lm.ops.selective_scan.op import selective_scan
+from mamba2lm.ops.ssd.op import ssd
+from mamba2lm.ops.state_update.op import selective_state_update, ssd_state_update
+
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_update",
+    "ssd",
+    "ssd_state_update",
+]

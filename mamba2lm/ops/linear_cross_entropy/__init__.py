@@ -1,0 +1,1 @@
+"""Language-model head and cross-entropy in one operator."""

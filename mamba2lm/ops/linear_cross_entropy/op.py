@@ -1,0 +1,70 @@
+"""The public head-plus-cross-entropy operator. Letters: d model width, v vocabulary (padded)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mamba2lm.ops.dispatch import Impl, choose_impl
+from mamba2lm.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Project hidden states to logits and return their cross-entropy with the labels.
+
+    The product runs in the dtype of ``hidden`` (autocast is switched off inside, ``weight`` is
+    cast), the softmax in float32 (float64 for float64 inputs).
+
+    Args:
+        hidden: Last hidden states, (…, d).
+        weight: Head, (v, d).
+        labels: Target ids, (…), integers below ``vocab_size`` or ``ignore_index``.
+        vocab_size: Real vocabulary; rows of ``weight`` from there on are padding and never
+            enter the softmax. None means all v.
+        ignore_index: Label whose positions count for nothing.
+        reduction: ``"mean"`` over labels that count (0 if there are none), ``"sum"``, ``"none"``.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        The loss in nats: a scalar, or (…) for ``"none"``, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: Shapes that do not fit, an impossible ``vocab_size``, an unknown reduction,
+            or an implementation that does not exist.
+    """
+    choose_impl("linear_cross_entropy", impl, hidden)
+    if weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected (v, d={hidden.shape[-1]})."
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; expected {tuple(hidden.shape[:-1])}."
+        )
+    v = weight.shape[0]
+    vocab_size = v if vocab_size is None else vocab_size
+    if not 1 <= vocab_size <= v:
+        raise ValueError(f"vocab_size={vocab_size} must lie between 1 and the {v} rows of weight.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r} is unknown; use 'mean', 'sum' or 'none'.")
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss = linear_cross_entropy_reference(
+            hidden.flatten(0, -2),
+            weight,
+            labels.flatten().long(),
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+    return loss.view(labels.shape) if reduction == "none" else loss

@@ -1,0 +1,1 @@
+"""Selective scan: the Mamba-1 sequence map."""

@@ -1,0 +1,1 @@
+"""State-space duality: the Mamba-2 sequence map."""

@@ -1,0 +1,1 @@
+"""One-token state updates of both state-space operators."""

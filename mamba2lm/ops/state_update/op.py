@@ -1,0 +1,147 @@
+"""The public one-token state updates.
+
+Letters: b batch, h heads, p head dim, g groups, d channels, n state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mamba2lm.ops.discretisation import NO_LIMIT, step_sizes
+from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
+from mamba2lm.ops.skip_and_gate import skip_and_gate
+from mamba2lm.ops.state_update.reference import selective_step, ssd_step
+
+
+def ssd_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advance the SSD recurrence of Mamba-2 by one token.
+
+    Args:
+        state: State before the token, (b, h, p, n).
+        x: Input, (b, h, p).
+        dt: Raw step size, (b, h).
+        A: Negative decay rates, (h,).
+        B: Input map, (b, g, n) with h divisible by g.
+        C: Output map, (b, g, n).
+        D: Skip weights, (h,) or (h, p).
+        z: Gate, (b, h, p).
+        dt_bias: Bias of the step size, (h,).
+        dt_softplus: Whether softplus is applied to dt + dt_bias.
+        dt_limit: Smallest and largest step size Δ, honoured here as in ``ssd``.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        y (b, h, p) in the dtype of x and the new state (b, h, p, n) in the dtype of ``state``.
+        The state passed in is left as it was.
+
+    Raises:
+        ValueError: A tensor of the wrong shape, or an implementation that does not exist.
+
+    Source: Dao & Gu 2024 (arXiv:2405.21060), equation 1.
+    """
+    choose_impl("ssd_state_update", impl, x)
+    sizes: dict[str, int] = {}
+    expect_shape("x", x, "b h p", sizes)
+    expect_shape("dt", dt, "b h", sizes)
+    expect_shape("A", A, "h", sizes)
+    expect_shape("B", B, "b g n", sizes)
+    expect_shape("C", C, "b g n", sizes)
+    expect_shape("state", state, "b h p n", sizes)
+    if D is not None:
+        expect_shape("D", D, "h" if D.ndim == 1 else "h p", sizes)
+    if z is not None:
+        expect_shape("z", z, "b h p", sizes)
+    if dt_bias is not None:
+        expect_shape("dt_bias", dt_bias, "h", sizes)
+    if sizes["h"] % sizes["g"]:
+        raise ValueError(
+            f"B has {sizes['g']} groups (axis 1), which do not divide the {sizes['h']} heads of x."
+        )
+    dtype = state_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        delta_bh = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
+        y_bhp, new_bhpn = ssd_step(
+            state.to(dtype), x.to(dtype), delta_bh.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+        )
+        skip = None if D is None else D.unsqueeze(-1) if D.ndim == 1 else D
+        y_bhp = skip_and_gate(y_bhp.to(x.dtype), x, skip, z)
+    return y_bhp, new_bhpn.to(state.dtype)
+
+
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advance the selective recurrence of Mamba-1 by one token.
+
+    Args:
+        state: State before the token, (b, d, n).
+        x: Input, (b, d).
+        dt: Raw step size, (b, d).
+        A: Negative decay rates, (d, n).
+        B: Input map, (b, n).
+        C: Output map, (b, n).
+        D: Skip weights, (d,).
+        z: Gate, (b, d).
+        dt_bias: Bias of the step size, (d,).
+        dt_softplus: Whether softplus is applied to dt + dt_bias.
+        dt_limit: Smallest and largest step size Δ, honoured here as in ``selective_scan``.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        y (b, d) in the dtype of x and the new state (b, d, n) in the dtype of ``state``. The
+        state passed in is left as it was.
+
+    Raises:
+        ValueError: A tensor of the wrong shape, or an implementation that does not exist.
+
+    Source: Gu & Dao 2023 (arXiv:2312.00752), equation 2a.
+    """
+    choose_impl("selective_state_update", impl, x)
+    sizes: dict[str, int] = {}
+    expect_shape("x", x, "b d", sizes)
+    expect_shape("dt", dt, "b d", sizes)
+    expect_shape("A", A, "d n", sizes)
+    expect_shape("B", B, "b n", sizes)
+    expect_shape("C", C, "b n", sizes)
+    expect_shape("state", state, "b d n", sizes)
+    if D is not None:
+        expect_shape("D", D, "d", sizes)
+    if z is not None:
+        expect_shape("z", z, "b d", sizes)
+    if dt_bias is not None:
+        expect_shape("dt_bias", dt_bias, "d", sizes)
+    dtype = state_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        delta_bd = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
+        y_bd, new_bdn = selective_step(
+            state.to(dtype), x.to(dtype), delta_bd.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
+        )
+        y_bd = skip_and_gate(y_bd.to(x.dtype), x, D, z)
+    return y_bd, new_bdn.to(state.dtype)

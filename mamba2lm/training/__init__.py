@@ -1,0 +1,1 @@
+"""Training: the loop, and the plain objects it calls by name."""

@@ -1,0 +1,196 @@
+"""What a run would be: parameters, FLOPs and memory, found without allocating it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mamba2lm.data.loader import Corpus
+from mamba2lm.models import LanguageModel, ModelConfig
+from mamba2lm.training.hardware import memory_available
+from mamba2lm.training.metrics import read_metrics
+from mamba2lm.training.optimizer import OptimizerConfig
+from mamba2lm.training.run_folder import RunFolder
+from mamba2lm.training.schedule import ScheduleConfig
+from mamba2lm.training.trainer import Trainer, TrainingConfig, autocast, matmul_dtype
+
+
+@dataclass
+class MemoryEstimate:
+    """Bytes a training step needs on each process."""
+
+    weights: int
+    """float32."""
+    gradients: int
+    """float32."""
+    optimizer: int
+    """Two float32 moments per parameter."""
+    activations: int
+    """Kept for the backward pass of one micro-batch."""
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts; temporary buffers and fragmentation come on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(
+    config: ModelConfig,
+    *,
+    micro_batch: int,
+    length: int,
+    dtype: torch.dtype,
+    activation_checkpointing: bool,
+) -> MemoryEstimate:
+    """Estimate a training step's memory by running its forward pass on tensors without storage.
+
+    Args:
+        config: The model.
+        micro_batch: Sequences per forward pass.
+        length: Tokens per sequence.
+        dtype: Dtype of the matrix products.
+        activation_checkpointing: As in training.
+
+    Returns:
+        The parts in bytes. Activations are every distinct storage that autograd keeps, weights
+        left out; a storage counts once however many tensors share it.
+    """
+    with FakeTensorMode():
+        model = LanguageModel(config)
+        model.activation_checkpointing = activation_checkpointing
+        ids = torch.zeros(micro_batch, length, dtype=torch.int64)
+        seq_idx = torch.zeros(micro_batch, length, dtype=torch.int32)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept: dict[int, tuple[int, Tensor]] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                # The tensor is held so that no later storage takes the same address.
+                kept[storage._cdata] = (storage.nbytes(), tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
+            with autocast(torch.device("cpu"), dtype):
+                model(ids, ids, seq_idx=seq_idx)
+        size = sum(p.numel() * 4 for p in model.parameters())
+        activations = sum(nbytes for nbytes, _ in kept.values())
+    return MemoryEstimate(size, size, 2 * size, activations)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def readable_bytes(count: float) -> str:
+    """Write a number of bytes with a unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def report_dry_run(
+    resolved: dict[str, Any],
+    model_config: ModelConfig,
+    corpus: Corpus,
+    training: TrainingConfig,
+    optimizer: OptimizerConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Show on standard output what a run would be, and do one step of it in a temporary folder.
+
+    Args:
+        resolved: The whole configuration, to show.
+        model_config: The model, its vocabulary filled in.
+        corpus: The data.
+        training: The loop.
+        optimizer: For the step.
+        accelerator: Device and processes.
+    """
+    device, length = accelerator.device, corpus.sequence_length
+    dtype = matmul_dtype(training.precision, device)
+    micro_batch, micro_steps = training.share_of(accelerator.num_processes)
+    with torch.device("meta"):
+        model = LanguageModel(model_config)
+    memory = estimate_memory(
+        model_config,
+        micro_batch=micro_batch,
+        length=length,
+        dtype=dtype,
+        activation_checkpointing=training.activation_checkpointing,
+    )
+    total, body = model.parameter_count(), model.parameter_count(embedding=False)
+    forward = model.flops_per_token(length)
+    tokens = training.max_steps * training.batch_size * length
+    free = memory_available(device)
+    facts = {
+        "layers": model_config.letters,
+        "parameters": f"{total:,} ({body:,} without embedding)",
+        "FLOPs per token": f"{forward:.4g} forward, {3 * forward:.4g} trained",
+        "data": ", ".join(f"{k} {v}" for k, v in corpus.train.describe().items()),
+        "run": f"{training.max_steps:,} steps, {tokens:,} tokens, "
+        f"{tokens / corpus.train.tokens:.2f} epochs, {3 * forward * tokens:.3g} FLOPs",
+        "step": f"{training.batch_size} x {length} tokens: {accelerator.num_processes} process(es) "
+        f"x {micro_steps} x {micro_batch} sequences, {str(dtype).removeprefix('torch.')}",
+        "memory": f"{readable_bytes(memory.total)} a process: "
+        f"weights {readable_bytes(memory.weights)}, gradients {readable_bytes(memory.gradients)}, "
+        f"optimizer {readable_bytes(memory.optimizer)}, "
+        f"activations {readable_bytes(memory.activations)}; {readable_bytes(free)} free",
+    }
+    facts["one step"] = (
+        _one_step(model_config, corpus, training, optimizer, accelerator)
+        if memory.total < 0.9 * free
+        else "not run: the estimate is more than the memory free"
+    )
+    if accelerator.is_main_process:
+        sys.stdout.write(OmegaConf.to_yaml(resolved) + "\n")
+        table = Table(show_header=False, box=None)
+        table.add_column(style="bold", no_wrap=True)
+        for name, fact in facts.items():
+            table.add_row(name, fact)
+        Console().print(table)
+
+
+def _one_step(
+    model_config: ModelConfig,
+    corpus: Corpus,
+    training: TrainingConfig,
+    optimizer: OptimizerConfig,
+    accelerator: Accelerator,
+) -> str:
+    model = LanguageModel(model_config)
+    model.init_weights(training.seed)
+    once = dataclasses.replace(training, max_steps=1, log_every=1, eval_every=0, sample_every=0)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(Path(folder))
+        run.write_config({})
+        Trainer(
+            model,
+            corpus,
+            config=once,
+            optimizer=optimizer,
+            schedule=ScheduleConfig(warmup_steps=0),
+            run=run,
+            accelerator=accelerator,
+        ).fit()
+        if not accelerator.is_main_process:
+            return ""
+        [row] = read_metrics(run.metrics)
+    return (
+        f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.2f}, "
+        f"{row['tokens_per_second']:,.0f} tokens/s (the first step is slower than the rest)"
+    )

@@ -1,0 +1,144 @@
+"""A run's folder: what is in it, and what may be written to it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mamba2lm.models.checkpoint import (
+    CONFIG,
+    TOKENIZER,
+    checkpoints_of,
+    newest_valid,
+    read_config,
+    resolve,
+)
+from mamba2lm.schema import ConfigError
+
+log = logging.getLogger(__name__)
+
+# What a run cannot change and still be the same run.
+_SAME = ("model", "data.sources", "data.sequence_length", "data.tokenizer", "optimizer.kind")
+
+
+@dataclass
+class RunFolder:
+    """Paths of a run, and the checkpoint it starts from."""
+
+    path: Path
+    resume_from: Path | None = None
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Text written by the model as it learned."""
+        return self.path / "samples.txt"
+
+    @property
+    def plot(self) -> Path:
+        """Training and held-out loss."""
+        return self.path / "loss.png"
+
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of the tokenizer."""
+        return self.path / TOKENIZER
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write the resolved configuration."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / CONFIG).write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+
+
+def open_run(run_dir: str, resume: str) -> RunFolder:
+    """Decide where a run starts, without writing anything.
+
+    Args:
+        run_dir: The run's folder, existing or not.
+        resume: "auto" continues a run found in ``run_dir``; "never" refuses one; anything else is
+            a run folder or checkpoint to start from.
+
+    Raises:
+        ConfigError: ``run_dir`` holds what may not be overwritten, or ``resume`` names nothing.
+    """
+    path = Path(run_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError("run_dir", run_dir, "is a file; give a folder.")
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
+        raise ConfigError("run_dir", run_dir, "is a folder with other things in it; choose another.")
+    holds_run = bool(checkpoints_of(path)) or (path / "metrics.jsonl").exists()
+    if resume == "never":
+        if holds_run:
+            raise ConfigError(
+                "run_dir", run_dir, "holds a run; choose another folder, or resume=auto to go on."
+            )
+        return RunFolder(path)
+    if resume != "auto":
+        checkpoint = resolve(resume, "resume")
+        if holds_run and path.resolve() not in checkpoint.resolve().parents:
+            raise ConfigError(
+                "run_dir", run_dir, f"holds another run than resume={resume}; choose another."
+            )
+        return RunFolder(path, checkpoint)
+    if not holds_run:
+        return RunFolder(path)
+    checkpoint = newest_valid(path)
+    if checkpoint is None and checkpoints_of(path):
+        raise ConfigError("run_dir", run_dir, "every checkpoint in it is damaged; choose another.")
+    if checkpoint is None:
+        log.warning("%s holds a run that stopped before its first checkpoint: starting it over", path)
+        (path / "metrics.jsonl").unlink(missing_ok=True)
+        (path / "samples.txt").unlink(missing_ok=True)
+    return RunFolder(path, checkpoint)
+
+
+def check_same_run(run: RunFolder, config: dict[str, Any]) -> None:
+    """Refuse to continue a run with a model, tokenizer or data that are not its own.
+
+    Args:
+        run: With ``resume_from`` set.
+        config: The resolved configuration of now.
+
+    Raises:
+        ConfigError: Naming the first key that differs, with both values.
+    """
+    assert run.resume_from is not None
+    before = OmegaConf.create(read_config(run.resume_from, "resume"))
+    now = OmegaConf.create(config)
+    own = run.path.resolve() in run.resume_from.resolve().parents
+    for key in _SAME if own else ("model",):
+        for full, old, new in _differences(
+            OmegaConf.select(before, key), OmegaConf.select(now, key), key
+        ):
+            raise ConfigError(
+                full,
+                new,
+                f"the run in {run.resume_from} has {old!r}; give that, or another run_dir.",
+            )
+
+
+def copy_tokenizer(run: RunFolder, folder: Path) -> None:
+    """Copy the run's tokenizer into a checkpoint folder, if it has one."""
+    if run.tokenizer.is_dir():
+        shutil.copytree(run.tokenizer, folder / TOKENIZER)
+
+
+def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:
+    """List (key, old, new) of every leaf that differs."""
+    if OmegaConf.is_dict(old) and OmegaConf.is_dict(new):
+        names = dict.fromkeys([*old, *new])
+        return [
+            difference
+            for name in names
+            for difference in _differences(old.get(name), new.get(name), f"{key}.{name}")
+        ]
+    return [] if old == new else [(key, old, new)]

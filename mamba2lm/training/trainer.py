@@ -1,0 +1,458 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from mamba2lm.data.loader import Corpus, training_batches, validation_batches
+from mamba2lm.distributed import World
+from mamba2lm.host import cpu_has_fast_bf16
+from mamba2lm.models import LanguageModel
+from mamba2lm.models.checkpoint import point
+from mamba2lm.schema import ConfigError
+from mamba2lm.training.checkpoint import Progress, prune, restore, save
+from mamba2lm.training.hardware import memory_in_use, peak_flops
+from mamba2lm.training.metrics import Metrics, Tracker, plot_losses, truncate_metrics
+from mamba2lm.training.optimizer import OptimizerConfig, Optimizers, clip_gradients
+from mamba2lm.training.parallelize import parallelize
+from mamba2lm.training.run_folder import RunFolder
+from mamba2lm.training.schedule import ScheduleConfig, learning_rate_ratio
+
+log = logging.getLogger(__name__)
+
+EXIT_STOPPED = 75
+"""Exit code after SIGTERM: saved, and ``resume=auto`` goes on from there (EX_TEMPFAIL)."""
+EXIT_DIVERGED = 3
+"""Exit code after too many steps in a row that were not finite."""
+
+
+class Precision(Enum):
+    """Dtype of the matrix products; weights and optimizer stay float32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class TrainingConfig:
+    """How long, how much at once, and what happens along the way."""
+
+    max_steps: int = 1000
+    batch_size: int = 32
+    """Sequences per optimizer step, over all processes."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass and process; null takes all of the process's share at once."""
+    precision: Precision = Precision.auto
+    """auto: bf16 where the device multiplies it in hardware, else fp32."""
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    activation_checkpointing: bool = False
+    compile: bool = False
+    threads: int | None = None
+    """CPU threads per process; null lets torch choose."""
+    log_every: int = 10
+    eval_every: int = 250
+    """Validate every so many steps, and at the end; 0 never."""
+    eval_batches: int | None = None
+    """Batches per validation, spread over the held-out text; null takes all of it."""
+    sample_every: int = 0
+    """Write a sample every so many steps; 0 only at the end."""
+    sample_prompt: str = "The"
+    sample_tokens: int = 200
+    save_every: int = 250
+    """Save every so many steps, and at the end."""
+    keep_last: int = 2
+    keep_best: bool = True
+    """Keep the checkpoint of lowest held-out loss too."""
+    max_bad_steps: int = 5
+    """Steps in a row with a loss or gradient that is not finite, skipped, before giving up."""
+    peak_tflops: float | None = None
+    """Device peak for MFU; null looks it up or measures it."""
+
+    def validate(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: Naming the key, its value and the remedy.
+        """
+        for name in ("max_steps", "batch_size", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"training.{name}", getattr(self, name), "must be ≥ 1.")
+        for name in ("eval_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"training.{name}", getattr(self, name), "must be ≥ 0.")
+        for name in ("micro_batch_size", "eval_batches", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"training.{name}", value, "must be ≥ 1, or null.")
+        if not self.max_grad_norm > 0:
+            raise ConfigError("training.max_grad_norm", self.max_grad_norm, "must be positive.")
+
+    def share_of(self, processes: int) -> tuple[int, int]:
+        """Return (sequences per forward pass, forward passes per step) of each process.
+
+        Raises:
+            ConfigError: The sizes do not divide.
+        """
+        if self.batch_size % processes:
+            raise ConfigError(
+                "training.batch_size",
+                self.batch_size,
+                f"must be a multiple of the number of processes, {processes}.",
+            )
+        share = self.batch_size // processes
+        micro = min(self.micro_batch_size or share, share)
+        if share % micro:
+            raise ConfigError(
+                "training.micro_batch_size",
+                self.micro_batch_size,
+                f"must divide each process's {share} sequences per step.",
+            )
+        return micro, share // micro
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row gave a loss or gradient that is not finite."""
+
+
+class Trainer:
+    """Train a model on a corpus, from wherever its run folder stands."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        corpus: Corpus,
+        *,
+        config: TrainingConfig,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        run: RunFolder,
+        accelerator: Accelerator,
+        num_workers: int = 0,
+        tracker: Callable[[], Tracker | None] = lambda: None,
+        write_sample: Callable[[LanguageModel], str] | None = None,
+    ) -> None:
+        """Put the model on its device and restore what the run has saved.
+
+        Args:
+            model: With initial weights.
+            corpus: What to learn from.
+            config: The loop.
+            optimizer: Update rule.
+            schedule: Learning rate over the run.
+            run: Where to write, and the checkpoint to start from.
+            accelerator: Device and processes.
+            num_workers: Processes that read samples ahead.
+            tracker: Makes the tracker, on the main process.
+            write_sample: Writes text with the model; None writes no samples.
+        """
+        self.config, self.optimizer, self.schedule = config, optimizer, schedule
+        self.corpus, self.run, self.accelerator = corpus, run, accelerator
+        self.world = World(
+            accelerator.process_index, accelerator.num_processes, accelerator.device
+        )
+        self.device = accelerator.device
+        self.micro_batch, self.micro_steps = config.share_of(self.world.size)
+        self.dtype = matmul_dtype(config.precision, self.device)
+        self.num_workers, self.write_sample = num_workers, write_sample
+
+        self.model = model.to(self.device)
+        self.optimizers = Optimizers(optimizer, self.model)
+        self.progress = Progress(data_fingerprint=corpus.train.fingerprint)
+        if run.resume_from is not None:
+            self._restore()
+        self.wrapped = parallelize(
+            self.model,
+            accelerator,
+            activation_checkpointing=config.activation_checkpointing,
+            compile=config.compile,
+        )
+        self.flops_per_token = 3 * self.model.flops_per_token(corpus.sequence_length)
+        self.peak = None if config.peak_tflops is None else config.peak_tflops * 1e12
+        self.tracker = tracker
+        self.stop_requested = False
+
+    def fit(self) -> bool:
+        """Train until ``max_steps``.
+
+        Returns:
+            Whether the run is complete; False after SIGTERM (saved).
+
+        Raises:
+            NonFiniteError: ``max_bad_steps`` in a row; nothing was learned from them.
+        """
+        config, progress = self.config, self.progress
+        if progress.step >= config.max_steps:
+            log.info("the run is complete: step %d of %d", progress.step, config.max_steps)
+            return True
+        metrics = self._open_metrics()
+        batches = training_batches(
+            self.corpus.train,
+            start=progress.samples,
+            micro_batch=self.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        validates = config.eval_every > 0 and self.corpus.validation is not None
+        meter = Meter()
+        bad_steps = 0
+        with self._handle_sigterm():
+            while progress.step < config.max_steps:
+                ratio = learning_rate_ratio(self.schedule, progress.step, config.max_steps)
+                rate = self.optimizer.learning_rate * ratio
+                self.optimizers.set_learning_rate(rate)
+
+                begin = time.perf_counter()
+                micro_batches = [next(batches) for _ in range(self.micro_steps)]
+                meter.data_wait += time.perf_counter() - begin
+                loss, grad_norm, stop = self._forward_backward(micro_batches)
+                if math.isfinite(loss) and math.isfinite(grad_norm):
+                    self.optimizers.step()
+                    bad_steps = 0
+                    meter.add(loss, grad_norm)
+                else:
+                    bad_steps += 1
+                    self._report_bad_step(loss, grad_norm, bad_steps)
+                self.optimizers.zero_grad()
+
+                progress.step += 1
+                progress.samples += config.batch_size
+                progress.tokens += config.batch_size * self.corpus.sequence_length
+                progress.seconds += time.perf_counter() - begin
+                meter.seconds += time.perf_counter() - begin
+                meter.tokens += config.batch_size * self.corpus.sequence_length
+
+                last = progress.step == config.max_steps
+                if last or stop or progress.step % config.log_every == 0:
+                    self._log(metrics, meter, rate)
+                    meter = Meter()
+                improved = False
+                if validates and self._due(config.eval_every):
+                    improved = self._validate(metrics)
+                if self.write_sample and self._due(config.sample_every):
+                    self._sample()
+                if last or stop or improved or progress.step % config.save_every == 0:
+                    self._save(best=improved)
+                if stop and not last:
+                    log.info("stopped by SIGTERM at step %d, after saving", progress.step)
+                    break
+        if metrics:
+            metrics.close()
+            plot_losses(self.run.metrics, self.run.plot)
+        return progress.step == config.max_steps
+
+    def _forward_backward(self, micro_batches: list[dict[str, Tensor]]) -> tuple[float, float, bool]:
+        """Accumulate the gradient of the mean loss over all labels of the step.
+
+        Returns:
+            That loss, the gradient's norm before clipping, and whether any process was told to
+            stop; the same on every process.
+        """
+        labels = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
+        count, stop = self.world.sum(labels, float(self.stop_requested)).tolist()
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for i, batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = self._loss_sum(self.wrapped, batch)
+                # Processes average their gradients: times their number is the sum.
+                self.accelerator.backward(loss * (self.world.size / max(count, 1.0)))
+                total += loss.detach()
+        grad_norm = clip_gradients(self.model, self.config.max_grad_norm)
+        loss_sum = self.world.sum(total).item()
+        return loss_sum / max(count, 1.0), float(grad_norm), stop > 0
+
+    def _loss_sum(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        with autocast(self.device, self.dtype):
+            return model(
+                moved["input_ids"],
+                moved["labels"],
+                seq_idx=moved.get("seq_idx"),
+                loss_reduction="sum",
+            ).loss
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the loss on the held-out samples.
+
+        Returns:
+            val_loss in nats per token, val_perplexity, and for text val_bits_per_byte: the loss of
+            all tokens over the bytes of their text.
+        """
+        held_out = self.corpus.validation
+        assert held_out is not None
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = 0
+        with torch.inference_mode():
+            for batch in validation_batches(
+                held_out,
+                batch_size=self.micro_batch,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                max_batches=self.config.eval_batches,
+            ):
+                total += self._loss_sum(self.model, batch)
+                count += int((batch["labels"] != -100).sum())
+        self.model.train()
+        loss_sum, labels = self.world.sum(total, count).tolist()
+        loss = loss_sum / max(labels, 1.0)
+        figures = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+        if held_out.bytes:
+            nats_per_byte = loss * held_out.tokens / held_out.bytes
+            figures["val_bits_per_byte"] = nats_per_byte / math.log(2)
+        return figures
+
+    def _validate(self, metrics: Metrics | None) -> bool:
+        """Record the held-out loss; return whether it is the best so far and to be kept."""
+        figures = self.evaluate()
+        if metrics:
+            row = {"step": self.progress.step, "tokens": self.progress.tokens, **figures}
+            metrics.write(row)
+        best = self.progress.best_val_loss
+        if best is not None and figures["val_loss"] >= best:
+            return False
+        self.progress.best_val_loss = figures["val_loss"]
+        return self.config.keep_best
+
+    def _due(self, every: int) -> bool:
+        """Return whether something of this period (0: only at the end) happens after this step."""
+        step = self.progress.step
+        return step == self.config.max_steps or (every > 0 and step % every == 0)
+
+    def _log(self, metrics: Metrics | None, meter: Meter, rate: float) -> None:
+        if metrics is None:
+            return
+        if self.peak is None:
+            self.peak = peak_flops(self.device, self.dtype)
+        speed = meter.tokens / max(meter.seconds, 1e-9)
+        metrics.write(
+            {
+                "step": self.progress.step,
+                "tokens": self.progress.tokens,
+                "loss": meter.mean(meter.losses),
+                "grad_norm": meter.mean(meter.grad_norms),
+                "learning_rate": rate,
+                "tokens_per_second": speed,
+                "mfu": speed * self.flops_per_token / (self.peak * self.world.size),
+                "memory_bytes": memory_in_use(self.device),
+                "data_wait_fraction": meter.data_wait / max(meter.seconds, 1e-9),
+                "seconds": self.progress.seconds,
+            }
+        )
+
+    def _sample(self) -> None:
+        if self.world.is_main and self.write_sample is not None:
+            self.model.eval()
+            text = self.write_sample(self.model)
+            self.model.train()
+            with self.run.samples.open("a", encoding="utf-8") as file:
+                file.write(f"=== step {self.progress.step}\n{text}\n\n")
+
+    def _save(self, *, best: bool) -> None:
+        if self.world.is_main:
+            folder = save(self.run, self.model, self.optimizers, self.progress)
+            if best:
+                point(self.run.path, "best", folder)
+            prune(self.run, self.config.keep_last)
+        self.world.barrier()
+
+    def _restore(self) -> None:
+        assert self.run.resume_from is not None
+        self.progress = restore(self.run.resume_from, self.model, self.optimizers)
+        fingerprint = self.corpus.train.fingerprint
+        if self.progress.data_fingerprint != fingerprint:
+            log.warning("the training data are not those that %s saw", self.run.resume_from)
+            self.progress.data_fingerprint = fingerprint
+        log.info("continuing from %s", self.run.resume_from)
+
+    def _open_metrics(self) -> Metrics | None:
+        """Open metrics.jsonl on the main process, without the rows that will be written again."""
+        if not self.world.is_main:
+            return None
+        truncate_metrics(self.run.metrics, self.progress.step)
+        return Metrics(
+            self.run.metrics, max_steps=self.config.max_steps, tracker=self.tracker()
+        )
+
+    def _report_bad_step(self, loss: float, grad_norm: float, bad_steps: int) -> None:
+        step, size = self.progress.step + 1, self.config.batch_size
+        first = self.progress.samples
+        log.warning(
+            "step %d skipped: loss %s, gradient norm %s, samples %d to %d",
+            step, loss, grad_norm, first, first + size - 1,
+        )  # fmt: skip
+        if bad_steps >= self.config.max_bad_steps:
+            raise NonFiniteError(
+                f"{bad_steps} steps in a row without a finite loss and gradient, the last at step "
+                f"{step}; the newest checkpoint is from before. Lower optimizer.learning_rate or "
+                "training.max_grad_norm, or use training.precision=fp32."
+            )
+
+    @contextlib.contextmanager
+    def _handle_sigterm(self) -> Iterator[None]:
+        """Let SIGTERM ask for a stop at the end of a step."""
+
+        def request(signum: int, frame: FrameType | None) -> None:
+            self.stop_requested = True
+
+        before = signal.signal(signal.SIGTERM, request)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class Meter:
+    """Figures of the steps since the last row of metrics."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self.tokens = 0
+        self.seconds = 0.0
+        self.data_wait = 0.0
+
+    def add(self, loss: float, grad_norm: float) -> None:
+        """Count a step that was taken."""
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+
+    @staticmethod
+    def mean(values: list[float]) -> float:
+        """Return the mean, NaN of nothing (every step was skipped)."""
+        return sum(values) / len(values) if values else math.nan
+
+
+def matmul_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the dtype that ``training.precision`` means on a device."""
+    if precision is Precision.auto:
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = cpu_has_fast_bf16()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which matrix products run in ``dtype``."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)

@@ -1,0 +1,132 @@
+"""Train a language model: ``python train.py [experiment=…] [key=value …]``.
+
+Without arguments this is the quickstart: a small Mamba-2 on the novels the package carries.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from accelerate import Accelerator
+
+from mamba2lm.cli import script
+from mamba2lm.config import TrainConfig
+from mamba2lm.data.loader import Corpus, prepare_data
+from mamba2lm.data.tokenizer import Tokenizer
+from mamba2lm.host import tune_host
+from mamba2lm.inference.engine import Engine
+from mamba2lm.inference.sampling import SamplingConfig
+from mamba2lm.models import LanguageModel
+from mamba2lm.models.checkpoint import TOKENIZER
+from mamba2lm.training.dry_run import report_dry_run
+from mamba2lm.training.metrics import Tracking, WandbTracker
+from mamba2lm.training.run_folder import RunFolder, check_same_run, open_run
+from mamba2lm.training.trainer import EXIT_DIVERGED, EXIT_STOPPED, NonFiniteError, Trainer
+
+log = logging.getLogger("mamba2lm.train")
+
+
+@script("train", TrainConfig)
+def main(config: TrainConfig) -> int:
+    """Read the configuration, build, run."""
+    config.validate()
+    tune_host(config.training.threads)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    run = open_run(config.run_dir, config.resume)
+    corpus = prepare(config, run, accelerator)
+    config.model.fit_vocabulary(corpus.vocab_size)
+    if config.dry_run:
+        report_dry_run(
+            config.resolved(), config.model, corpus, config.training, config.optimizer, accelerator
+        )
+        return 0
+    if run.resume_from is not None:
+        check_same_run(run, config.resolved())
+    if accelerator.is_main_process:
+        run.write_config(config.resolved())
+        if corpus.tokenizer is not None:
+            corpus.tokenizer.save(run.tokenizer)
+    accelerator.wait_for_everyone()
+
+    model = LanguageModel(config.model)
+    model.init_weights(config.training.seed)
+    log.info(
+        "%s on %s: %s parameters, pattern %s",
+        config.run_dir, accelerator.device, f"{model.parameter_count():,}", config.model.letters,
+    )  # fmt: skip
+    trainer = Trainer(
+        model,
+        corpus,
+        config=config.training,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        run=run,
+        accelerator=accelerator,
+        num_workers=config.data.num_workers,
+        tracker=lambda: (
+            WandbTracker(run.path, config.resolved())
+            if config.tracking is Tracking.wandb
+            else None
+        ),
+        write_sample=sampler(config, corpus),
+    )
+    try:
+        complete = trainer.fit()
+    except NonFiniteError as error:
+        log.error("%s", error)
+        return EXIT_DIVERGED
+    if complete and accelerator.is_main_process:
+        say_what_next(config, run)
+    accelerator.end_training()
+    return 0 if complete else EXIT_STOPPED
+
+
+def prepare(config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Corpus:
+    """Make or find the tokens; a run that goes on keeps its tokenizer."""
+    tokenizer = None
+    if run.resume_from is not None and (run.resume_from / TOKENIZER).is_dir():
+        tokenizer = Tokenizer.load(run.resume_from / TOKENIZER)
+    return prepare_data(
+        config.data,
+        seed=config.training.seed,
+        tokenizer=tokenizer,
+        is_main=accelerator.is_main_process,
+        wait=accelerator.wait_for_everyone,
+    )
+
+
+def sampler(config: TrainConfig, corpus: Corpus):
+    """Return what writes a sample of text with a model, or None where data are not text."""
+    if corpus.tokenizer is None or not config.training.sample_tokens:
+        return None
+    tokenizer = corpus.tokenizer
+
+    def write(model: LanguageModel) -> str:
+        prompt = config.training.sample_prompt
+        [completion] = Engine(model, tokenizer).generate(
+            [prompt],
+            SamplingConfig(temperature=0.8, top_p=0.95),
+            max_new_tokens=config.training.sample_tokens,
+            seeds=config.training.seed,
+        )
+        return prompt + completion.text
+
+    return write
+
+
+def say_what_next(config: TrainConfig, run: RunFolder) -> None:
+    """End a run by naming what it left and the commands that use it."""
+    if run.samples.exists():
+        last = run.samples.read_text(encoding="utf-8").rsplit("=== step", 1)[-1]
+        log.info("a sample, from step%s", last.rstrip())
+    log.info(
+        "kept in %s: checkpoints/, metrics.jsonl, loss.png, samples.txt, config.yaml\n"
+        "next:  python generate.py checkpoint=%s prompt=\"It was\" max_new_tokens=200\n"
+        "       python -m eval checkpoint=%s tasks=[perplexity]",
+        config.run_dir, config.run_dir, config.run_dir,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
