@@ -65,9 +65,7 @@ def main(config: TrainConfig) -> int:
         accelerator=accelerator,
         num_workers=config.data.num_workers,
         tracker=lambda: (
-            WandbTracker(run.path, config.resolved())
-            if config.tracking is Tracking.wandb
-            else None
+            WandbTracker(run.path, config.resolved()) if config.tracking is Tracking.wandb else None
         ),
         write_sample=sampler(config, corpus),
     )

@@ -52,7 +52,7 @@ def script(
             @functools.wraps(main)
             def composed(config: DictConfig) -> None:
                 nonlocal code
-                code = main(typed(config)) or 0
+                code = main(typed(config, schema)) or 0
 
             entry = hydra.main(
                 version_base="1.3", config_path=str(CONFIGS), config_name=config_name
@@ -70,7 +70,7 @@ def script(
     return decorate
 
 
-def typed(config: DictConfig) -> object:
+def typed(config: DictConfig, schema: type[T]) -> T:
     """Turn a composed config into its dataclass.
 
     Raises:
@@ -80,11 +80,13 @@ def typed(config: DictConfig) -> object:
     if missing:
         key = sorted(missing)[0]
         raise ConfigError(key, None, f"has to be given, as {key}=… on the command line.")
-    return OmegaConf.to_object(config)
+    built = OmegaConf.to_object(config)
+    assert isinstance(built, schema)
+    return built
 
 
 def explain(error: Exception, schema: type) -> str:
-    """Say in one line which key Hydra or OmegaConf objects to, its value and what would be right."""
+    """Say in one line which key Hydra or OmegaConf objects to, its value and the remedy."""
     reasons: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -139,7 +139,7 @@ class Sampler:
         uniform_b1 = torch.stack(
             [torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators]
         ).to(logits_bv.device)
-        total_b1 = cumulative_bv[:, -1:]
+        total_b1 = cumulative_bv[:, -1:].contiguous()
         drawn_b1 = torch.searchsorted(cumulative_bv, uniform_b1 * total_b1, right=True)
         # Where the product rounds up to the total: the last token of any probability.
         last_b1 = torch.searchsorted(cumulative_bv, total_b1)

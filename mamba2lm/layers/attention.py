@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba2lm import ops
-from mamba2lm.layers.mixer import Mixer, MixerConfig, register, require
+from mamba2lm.layers.mixer import Mixer, MixerConfig, output_and_state, register, require
 from mamba2lm.layers.state import State
 
 _GROWTH = 128  # slots; a full cache at least doubles
@@ -114,7 +114,7 @@ class KVCache(State):
         return self.replace(k_bskp=F.pad(self["k_bskp"], pad), v_bskp=F.pad(self["v_bskp"], pad))
 
     @classmethod
-    def concat(cls, states: Sequence[Self]) -> Self:
+    def concat(cls, states: Sequence[Self]) -> Self:  # type: ignore[override]
         # Windowed caches all have `window` slots; the others have not wrapped and may grow.
         slots = max(state.slots for state in states)
         return super().concat([state.with_slots(slots) for state in states])
@@ -169,7 +169,7 @@ class Attention(Mixer):
                 seq_idx=seq_idx_bl,
                 return_final_states=state is not None,
             )
-            qkv_blc, conv_state = conv if state is not None else (conv, None)
+            qkv_blc, conv_state = output_and_state(conv)
 
         new_l = torch.arange(length, device=x_bld.device)
         position_bl = new_l[None] if state is None else state["length_b"][:, None] + new_l
@@ -313,7 +313,7 @@ class Attention(Mixer):
             )
         return KVCache(**tensors)
 
-    def residual_weight(self) -> nn.Parameter:
+    def residual_weight(self) -> Tensor:
         return self.out_proj.weight
 
     def flops_per_token(self, length: int) -> float:

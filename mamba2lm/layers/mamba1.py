@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from mamba2lm import ops
 from mamba2lm.layers.initialization import sample_dt_bias
-from mamba2lm.layers.mixer import Mixer, MixerConfig, recurrent_dtype, register, require
+from mamba2lm.layers.mixer import (
+    Mixer,
+    MixerConfig,
+    output_and_state,
+    recurrent_dtype,
+    register,
+    require,
+)
 from mamba2lm.layers.state import State
 from mamba2lm.ops.flops import selective_scan_flops
 
@@ -116,7 +123,7 @@ class Mamba1(Mixer):
             seq_idx=seq_idx_bl,
             return_final_states=state is not None,
         )
-        x_bli, conv_state = conv if state is not None else (conv, None)
+        x_bli, conv_state = output_and_state(conv)
         dt_bli, B_bln, C_bln = self._select(x_bli)
         scan = ops.selective_scan(
             x_bli,
@@ -132,9 +139,9 @@ class Mamba1(Mixer):
             seq_idx=seq_idx_bl,
             return_final_states=state is not None,
         )
-        y_bli, ssm_state = scan if state is not None else (scan, None)
+        y_bli, ssm_state = output_and_state(scan)
         out_bld = self.out_proj(y_bli)
-        if state is None:
+        if state is None or conv_state is None or ssm_state is None:
             return out_bld, None
         return out_bld, state.replace(conv=conv_state.to(state["conv"].dtype), ssm=ssm_state)
 
@@ -184,7 +191,7 @@ class Mamba1(Mixer):
             ),
         )
 
-    def residual_weight(self) -> nn.Parameter:
+    def residual_weight(self) -> Tensor:
         return self.out_proj.weight
 
     def flops_per_token(self, length: int) -> float:

@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from mamba2lm import ops
 from mamba2lm.layers.initialization import sample_dt_bias
-from mamba2lm.layers.mixer import Mixer, MixerConfig, recurrent_dtype, register, require
+from mamba2lm.layers.mixer import (
+    Mixer,
+    MixerConfig,
+    output_and_state,
+    recurrent_dtype,
+    register,
+    require,
+)
 from mamba2lm.layers.norm import GatedRMSNorm
 from mamba2lm.layers.state import State
 from mamba2lm.ops.flops import ssd_flops
@@ -147,7 +154,7 @@ class Mamba2(Mixer):
             seq_idx=seq_idx_bl,
             return_final_states=state is not None,
         )
-        xBC_blc, conv_state = conv if state is not None else (conv, None)
+        xBC_blc, conv_state = output_and_state(conv)
         x_bli, B_bl, C_bl = xBC_blc.split([self.d_inner, self.d_groups, self.d_groups], dim=-1)
         groups = (batch, length, self.config.ngroups, self.config.d_state)
         ssd = ops.ssd(
@@ -165,10 +172,10 @@ class Mamba2(Mixer):
             return_final_states=state is not None,
             chunk_size=self.config.chunk_size,
         )
-        y_blhp, ssm_state = ssd if state is not None else (ssd, None)
+        y_blhp, ssm_state = output_and_state(ssd)
         y_bli = self.norm(y_blhp.reshape(batch, length, self.d_inner), z_bli)
         out_bld = self.out_proj(y_bli)
-        if state is None:
+        if state is None or conv_state is None or ssm_state is None:
             return out_bld, None
         return out_bld, state.replace(conv=conv_state.to(state["conv"].dtype), ssm=ssm_state)
 
@@ -217,7 +224,7 @@ class Mamba2(Mixer):
             ssm=torch.zeros(shape, dtype=recurrent_dtype(weight.dtype), device=device),
         )
 
-    def residual_weight(self) -> nn.Parameter:
+    def residual_weight(self) -> Tensor:
         return self.out_proj.weight
 
     def flops_per_token(self, length: int) -> float:

@@ -99,7 +99,7 @@ class Mixer(nn.Module, ABC):
         """Initialise every parameter in place, from torch's global random state."""
 
     @abstractmethod
-    def residual_weight(self) -> nn.Parameter:
+    def residual_weight(self) -> Tensor:
         """Return the projection that writes to the residual stream (rescaled by depth at init)."""
 
     @abstractmethod
@@ -108,10 +108,6 @@ class Mixer(nn.Module, ABC):
 
         Counts matrix products and convolutions, as the reference operators perform them.
         """
-
-    def reference_weight(self) -> Tensor:
-        """Return a weight whose dtype and device new states follow."""
-        return self.residual_weight()
 
 
 M = TypeVar("M", bound=type[Mixer])
@@ -159,6 +155,11 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
     """Raise ``ConfigError(key, value, remedy)`` unless ``condition``."""
     if not condition:
         raise ConfigError(key, value, remedy)
+
+
+def output_and_state(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Split what an operator returns with or without ``return_final_states``."""
+    return result if isinstance(result, tuple) else (result, None)
 
 
 def recurrent_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -60,7 +60,7 @@ class MLP(Mixer):
     ) -> State:
         return State()
 
-    def residual_weight(self) -> nn.Parameter:
+    def residual_weight(self) -> Tensor:
         return self.fc2.weight
 
     def flops_per_token(self, length: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
         seq_idx: Tensor | None = None,
         state: ModelState | None = None,
         last_only: bool = False,
-        loss_reduction: str = "mean",
+        loss_reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> LanguageModelOutput:
         """Run a stretch of tokens through the model.
 

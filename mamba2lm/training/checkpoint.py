@@ -50,9 +50,7 @@ class Progress:
     """Training time so far."""
 
 
-def save(
-    run: RunFolder, model: LanguageModel, optimizers: Optimizers, progress: Progress
-) -> Path:
+def save(run: RunFolder, model: LanguageModel, optimizers: Optimizers, progress: Progress) -> Path:
     """Write a checkpoint of this step and point ``latest`` at it.
 
     Returns:
@@ -68,8 +66,11 @@ def save(
         shutil.copyfile(run.path / CONFIG, partial / CONFIG)
         copy_tokenizer(run, partial)
 
-    if not folder.exists():
-        write_checkpoint(folder, fill)
+    if folder.exists():
+        # A run goes on from its newest whole checkpoint: one of a later step is damaged.
+        log.warning("replacing the damaged checkpoint %s", folder)
+        delete(folder)
+    write_checkpoint(folder, fill)
     point(run.path, "latest", folder)
     return folder
 
@@ -99,7 +100,12 @@ def prune(run: RunFolder, keep_last: int) -> None:
     kept |= {found.name for name in ("latest", "best") if (found := pointed(run.path, name))}
     for checkpoint in checkpoints_of(run.path):
         if checkpoint.name not in kept:
-            # Renamed first, so that a kill in the middle leaves nothing that looks whole.
-            doomed = checkpoint.with_name(f"{checkpoint.name}.deleting")
-            checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
+            delete(checkpoint)
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, and what an earlier deletion that was killed left of others."""
+    # Renamed first, so that a kill in the middle leaves nothing that looks whole.
+    checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.deleting"))
+    for doomed in checkpoint.parent.glob("*.deleting"):
+        shutil.rmtree(doomed)

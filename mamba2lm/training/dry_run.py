@@ -82,9 +82,9 @@ def estimate_memory(
                 kept[storage._cdata] = (storage.nbytes(), tensor)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, _same):
-            with autocast(torch.device("cpu"), dtype):
-                model(ids, ids, seq_idx=seq_idx)
+        keep = torch.autograd.graph.saved_tensors_hooks(pack, _same)
+        with keep, autocast(torch.device("cpu"), dtype):
+            model(ids, ids, seq_idx=seq_idx)
         size = sum(p.numel() * 4 for p in model.parameters())
         activations = sum(nbytes for nbytes, _ in kept.values())
     return MemoryEstimate(size, size, 2 * size, activations)

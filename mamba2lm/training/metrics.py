@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 from enum import Enum
 from pathlib import Path
@@ -38,13 +39,14 @@ class WandbTracker:
 
     def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
         import wandb
+        from wandb.errors import UsageError
 
         try:
             self.run = wandb.init(
                 project="mamba2lm", name=run_dir.name, dir=str(run_dir), config=config,
                 id=_wandb_id(run_dir), resume="allow",
             )  # fmt: skip
-        except wandb.errors.UsageError as error:
+        except UsageError as error:
             raise ConfigError(
                 "tracking", "wandb", f"{error} Log in with `wandb login` or set WANDB_MODE=offline."
             ) from error
@@ -130,6 +132,20 @@ def truncate_metrics(path: Path, step: int) -> None:
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def truncate_samples(path: Path, step: int) -> None:
+    """Drop samples of steps after ``step``, which a resumed run will write again."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    for heading in re.finditer(r"^=== step (\d+)$", text, re.MULTILINE):
+        if int(heading[1]) > step:
+            text = text[: heading.start()]
+            break
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -50,7 +50,9 @@ class Optimizers:
 
     def __init__(self, config: OptimizerConfig, model: LanguageModel) -> None:
         self.config = config
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names: dict[Tensor, str] = {
+            parameter: name for name, parameter in model.named_parameters()
+        }
         self.each = build_optimizers(config, model)
 
     def set_learning_rate(self, rate: float) -> None:

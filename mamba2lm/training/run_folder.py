@@ -74,7 +74,9 @@ def open_run(run_dir: str, resume: str) -> RunFolder:
     if path.exists() and not path.is_dir():
         raise ConfigError("run_dir", run_dir, "is a file; give a folder.")
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
-        raise ConfigError("run_dir", run_dir, "is a folder with other things in it; choose another.")
+        raise ConfigError(
+            "run_dir", run_dir, "is a folder with other things in it; choose another."
+        )
     holds_run = bool(checkpoints_of(path)) or (path / "metrics.jsonl").exists()
     if resume == "never":
         if holds_run:
@@ -95,7 +97,9 @@ def open_run(run_dir: str, resume: str) -> RunFolder:
     if checkpoint is None and checkpoints_of(path):
         raise ConfigError("run_dir", run_dir, "every checkpoint in it is damaged; choose another.")
     if checkpoint is None:
-        log.warning("%s holds a run that stopped before its first checkpoint: starting it over", path)
+        log.warning(
+            "%s holds a run that stopped before its first checkpoint: starting it over", path
+        )
         (path / "metrics.jsonl").unlink(missing_ok=True)
         (path / "samples.txt").unlink(missing_ok=True)
     return RunFolder(path, checkpoint)

@@ -162,9 +162,7 @@ class Trainer:
         """
         self.config, self.optimizer, self.schedule = config, optimizer, schedule
         self.corpus, self.run, self.accelerator = corpus, run, accelerator
-        self.world = World(
-            accelerator.process_index, accelerator.num_processes, accelerator.device
-        )
+        self.world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
         self.device = accelerator.device
         self.micro_batch, self.micro_steps = config.share_of(self.world.size)
         self.dtype = matmul_dtype(config.precision, self.device)
@@ -257,7 +255,9 @@ class Trainer:
             plot_losses(self.run.metrics, self.run.plot)
         return progress.step == config.max_steps
 
-    def _forward_backward(self, micro_batches: list[dict[str, Tensor]]) -> tuple[float, float, bool]:
+    def _forward_backward(
+        self, micro_batches: list[dict[str, Tensor]]
+    ) -> tuple[float, float, bool]:
         """Accumulate the gradient of the mean loss over all labels of the step.
 
         Returns:
@@ -387,9 +387,7 @@ class Trainer:
         if not self.world.is_main:
             return None
         truncate_metrics(self.run.metrics, self.progress.step)
-        return Metrics(
-            self.run.metrics, max_steps=self.config.max_steps, tracker=self.tracker()
-        )
+        return Metrics(self.run.metrics, max_steps=self.config.max_steps, tracker=self.tracker())
 
     def _report_bad_step(self, loss: float, grad_norm: float, bad_steps: int) -> None:
         step, size = self.progress.step + 1, self.config.batch_size

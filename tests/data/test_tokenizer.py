@@ -70,6 +70,8 @@ def test_bytes_are_their_values() -> None:
     tokenizer = Tokenizer.of_bytes()
     text = random_text(7, 300)
     assert tokenizer.encode(text) == list(text.encode())
+    # What is written to tokenizer.json encodes as the short cut taken here does.
+    assert tokenizer._inner.encode(text, add_special_tokens=False).ids == list(text.encode())
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
     assert tokenizer.decode([104, 105, 256]) == "hi"
     assert tokenizer.decode([104, 256], skip_special_tokens=False) == "h<|endoftext|>"

@@ -72,9 +72,10 @@ def last_inputs(
     Returns:
         (b, w-1, d) in the dtype of x.
     """
-    b, length, d = x_bld.shape
+    length = x_bld.shape[1]
     if length >= count:
-        final_bwd = x_bld[:, length - count :]
+        # A copy: a state that outlives the call must not keep all inputs alive.
+        final_bwd = x_bld[:, length - count :].clone()
     elif initial_states_bwd is None:
         final_bwd = F.pad(x_bld, (0, 0, count - length, 0))
     else:

@@ -86,18 +86,20 @@ def selective_scan_sequential(
     """
     dtype = state_dtype(x_bld)
     b, length, d = x_bld.shape
-    scaled_bld = dt_bld * x_bld.to(dtype)
-    A_dn, B_bln, C_bln = A_dn.to(dtype), B_bln.to(dtype), C_bln.to(dtype)
+    # unbind, not indexing: the gradient of an index is as long as the sequence.
+    dt_l, scaled_l = dt_bld.unbind(1), (dt_bld * x_bld.to(dtype)).unbind(1)
+    B_l, C_l = B_bln.to(dtype).unbind(1), C_bln.to(dtype).unbind(1)
+    A_dn = A_dn.to(dtype)
     keep_bl = _keep(document_bl)
     state_bdn = _initial(initial_states_bdn, b, d, A_dn.shape[1], dtype, x_bld)
     outputs = []
     for t in range(length):
-        a_bdn = (dt_bld[:, t].unsqueeze(-1) * A_dn).exp()
+        a_bdn = (dt_l[t].unsqueeze(-1) * A_dn).exp()
         if keep_bl is not None:
             a_bdn = a_bdn * keep_bl[:, t, None, None]
-        update_bdn = scaled_bld[:, t].unsqueeze(-1) * B_bln[:, t].unsqueeze(1)
+        update_bdn = scaled_l[t].unsqueeze(-1) * B_l[t].unsqueeze(1)
         state_bdn = torch.addcmul(update_bdn, a_bdn, state_bdn)
-        outputs.append((state_bdn @ C_bln[:, t].unsqueeze(-1)).squeeze(-1))
+        outputs.append((state_bdn @ C_l[t].unsqueeze(-1)).squeeze(-1))
     return torch.stack(outputs, dim=1).to(x_bld.dtype), state_bdn
 
 

@@ -95,7 +95,7 @@ def ssd_recurrent(
         y (b, l, h, p) in the dtype of x and the state after the last position (b, h, p, n) in
         float32 or float64 (Dao & Gu 2024, equation 1 with the heads of section 6).
     """
-    b, length, h, p = x_blhp.shape
+    b, _, h, p = x_blhp.shape
     g, n = B_blgn.shape[2:]
     dtype = state_dtype(x_blhp)
     x_blhp, dtype_out = x_blhp.to(dtype), x_blhp.dtype
@@ -110,10 +110,12 @@ def ssd_recurrent(
     else:
         state_bhpn = initial_states_bhpn.to(dtype)
     outputs = []
-    for t in range(length):
-        update_bhpn = x_blhp[:, t].unsqueeze(-1) * B_blhn[:, t].unsqueeze(-2)
-        state_bhpn = a_blh[:, t, :, None, None] * state_bhpn + update_bhpn
-        outputs.append((state_bhpn * C_blhn[:, t].unsqueeze(-2)).sum(dim=-1))
+    # unbind, not indexing: the gradient of an index is as long as the sequence.
+    steps = zip(x_blhp.unbind(1), a_blh.unbind(1), B_blhn.unbind(1), C_blhn.unbind(1), strict=True)
+    for x_bhp, a_bh, B_bhn, C_bhn in steps:
+        update_bhpn = x_bhp.unsqueeze(-1) * B_bhn.unsqueeze(-2)
+        state_bhpn = a_bh[:, :, None, None] * state_bhpn + update_bhpn
+        outputs.append((state_bhpn * C_bhn.unsqueeze(-2)).sum(dim=-1))
     return torch.stack(outputs, dim=1).to(dtype_out), state_bhpn
 
 

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from mamba2lm.data import Tokenizer
+from mamba2lm.inference import SamplingConfig
+from mamba2lm.inference.decoding import Row, StopStrings
+from tests.inference import helpers
+
+
+def cut_by_characters(text: str, stops: list[str]) -> tuple[str, bool]:
+    """Return the text before the stop string that a reader of single characters meets first."""
+    for end in range(len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)], True
+    return text, False
+
+
+def test_stop_strings_cut_the_same_whatever_the_pieces() -> None:
+    rng = random.Random(0)
+    found = 0
+    for _ in range(2000):
+        text = "".join(rng.choices("abc", k=rng.randint(0, 12)))
+        stops = ["".join(rng.choices("abc", k=rng.randint(1, 4))) for _ in range(rng.randint(1, 3))]
+        stop, given, position = StopStrings(stops), "", 0
+        while position < len(text) and not stop.found:
+            size = rng.randint(1, 4)
+            given += stop.push(text[position : position + size])
+            # What was given out never has to be taken back.
+            assert cut_by_characters(text, stops)[0].startswith(given)
+            position += size
+        given += stop.flush()
+        assert (given, stop.found) == cut_by_characters(text, stops), (text, stops)
+        found += stop.found
+    assert 500 < found < 1900
+
+
+def row(tokenizer: Tokenizer, *, stop: list[str] | None = None, tokens: int = 100) -> Row:
+    return Row(tokenizer, SamplingConfig(stop=stop or []), max_new_tokens=tokens, seed=0)
+
+
+def test_pieces_never_end_within_a_character() -> None:
+    tokenizer = Tokenizer.of_bytes()
+    text = "né €uro 😀 한글"
+    started = row(tokenizer)
+    pieces = [started.push(byte) for byte in text.encode()]
+    # Each character comes whole, with its last byte.
+    expected = [[""] * (len(c.encode()) - 1) + [c] for c in text]
+    assert pieces == [piece for character in expected for piece in character]
+    assert started.text == text
+
+
+def test_bytes_that_are_no_character_are_replaced_at_the_end() -> None:
+    tokenizer = Tokenizer.of_bytes()
+    started = row(tokenizer, tokens=3)
+    pieces = [started.push(byte) for byte in [0x61, 0xE2, 0x82]]
+    assert pieces == ["a", "", "\ufffd"]
+    assert started.finish_reason == "length"
+
+
+def test_a_stop_string_across_tokens_and_characters() -> None:
+    tokenizer = Tokenizer.of_bytes()
+    started = row(tokenizer, stop=["€ ", "zzz"])
+    given = ""
+    for byte in "price: 3 €uro, 4 € each".encode():
+        given += started.push(byte)
+        if started.finish_reason:
+            break
+    assert given == started.text == "price: 3 €uro, 4 "
+    assert started.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("reason", ["length", "eos"])
+def test_text_held_back_for_a_stop_string_comes_at_the_end(reason: str) -> None:
+    tokenizer = Tokenizer.of_bytes()
+    started = row(tokenizer, stop=["END!"], tokens=6 if reason == "length" else 100)
+    pieces = [started.push(byte) for byte in b"so END"]
+    if reason == "eos":
+        assert pieces[-1] == ""
+        assert started.push(tokenizer.eos_id) == "END"
+    assert started.text == "so END"
+    assert started.finish_reason == reason
+    assert bytes(started.token_ids) == b"so END"
+
+
+def test_the_separator_is_no_part_of_text_ids_or_what_is_penalised() -> None:
+    tokenizer = helpers.tokenizer()
+    ids = tokenizer.encode("It is a truth")
+    started = Row(
+        tokenizer,
+        SamplingConfig(),
+        max_new_tokens=100,
+        seed=0,
+        seen=[tokenizer.eos_id, ids[0]],
+    )
+    assert started.seen == {ids[0]}
+    for token in [*ids, tokenizer.eos_id]:
+        started.push(token)
+    assert started.text == "It is a truth"
+    assert started.token_ids == ids
+    assert started.seen == set(ids)
+    assert started.finish_reason == "eos"
