@@ -9,6 +9,7 @@ Text goes to standard output, tokens per second to standard error. Every key is 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -172,4 +173,11 @@ def report(prompt_tokens: int, prefill: float, new_tokens: int, decode_seconds: 
 
 if __name__ == "__main__":
     sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read the text has left; nor may the last flush at exit complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

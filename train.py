@@ -32,7 +32,10 @@ def main(config: TrainConfig) -> int:
     """Read the configuration, build, run."""
     config.validate()
     tune_host(config.training.threads)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    if not accelerator.is_main_process:
+        logging.getLogger("mamba2lm").setLevel(logging.WARNING)
+    config.training.share_of(accelerator.num_processes)  # objects to sizes that do not divide
     run = open_run(config.run_dir, config.resume)
     corpus = prepare(config, run, accelerator)
     config.model.fit_vocabulary(corpus.vocab_size)
@@ -43,12 +46,6 @@ def main(config: TrainConfig) -> int:
         return 0
     if run.resume_from is not None:
         check_same_run(run, config.resolved())
-    if accelerator.is_main_process:
-        run.write_config(config.resolved())
-        if corpus.tokenizer is not None:
-            corpus.tokenizer.save(run.tokenizer)
-    accelerator.wait_for_everyone()
-
     model = LanguageModel(config.model)
     model.init_weights(config.training.seed)
     log.info(
@@ -69,6 +66,12 @@ def main(config: TrainConfig) -> int:
         ),
         write_sample=sampler(config, corpus),
     )
+    # Written once nothing is left to object to, and not over a run that is complete.
+    if accelerator.is_main_process and not trainer.complete:
+        run.write_config(config.resolved())
+        if corpus.tokenizer is not None:
+            corpus.tokenizer.save(run.tokenizer)
+    accelerator.wait_for_everyone()
     try:
         complete = trainer.fit()
     except NonFiniteError as error:

@@ -1,11 +1,13 @@
 """How a script starts: Hydra composes, the dataclasses check, and a mistake costs one line.
 
 Exit codes: 0 done, 2 something in the command, configuration or files to mend (one line on
-standard error, nothing written), 75 stopped by SIGTERM after saving, 1 anything else.
+standard error, nothing written), 3 training diverged, 75 stopped by SIGTERM after saving,
+1 anything else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -23,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
-from mamba2lm.schema import ConfigError, closest
+from mamba2lm.schema import ConfigError, check_names, closest
 
 T = TypeVar("T")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -47,18 +49,21 @@ def script(
             start_logging()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to the clauses below
             ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
-            code = 0
+            composed: list[DictConfig] = []
 
             @functools.wraps(main)
-            def composed(config: DictConfig) -> None:
-                nonlocal code
-                code = main(typed(config, schema)) or 0
+            def keep(config: DictConfig) -> None:
+                composed.append(config)
 
             entry = hydra.main(
                 version_base="1.3", config_path=str(CONFIGS), config_name=config_name
-            )(composed)
+            )(keep)
+            code = 0
             try:
                 entry()
+                # Not inside Hydra, which adds lines of its own to whatever goes wrong there.
+                for config in composed:
+                    code = main(typed(config, schema)) or code
             except ConfigError as error:
                 fail(str(error))
             except (HydraException, OmegaConfBaseException) as error:
@@ -74,8 +79,9 @@ def typed(config: DictConfig, schema: type[T]) -> T:
     """Turn a composed config into its dataclass.
 
     Raises:
-        ConfigError: A mandatory value is missing.
+        ConfigError: A mandatory value is missing, or a key was added that there is not.
     """
+    check_names(OmegaConf.structured(schema), config, "")
     missing = OmegaConf.missing_keys(config)
     if missing:
         key = sorted(missing)[0]
@@ -93,11 +99,17 @@ def explain(error: Exception, schema: type) -> str:
         reasons.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(reasons)
-    found = re.search(r"full_key: (\S+)", text) or re.search(r"override '[+~]*([\w./]+)", text)
+    if option := re.search(r"Could not find '(\w+)/(.*)'", text):
+        group, value = option.groups()
+        names = text.partition(f"Available options in '{group}':")[2].partition("Config search")[0]
+        hint = closest(value, names.split())
+        return f"{group}={value!r}: no such option.{hint} Known: {', '.join(names.split())}."
+    found = re.search(r"full_key: ([\w.]+)", text) or re.search(r"override '[+~]*([\w./]+)", text)
     key = found.group(1) if found else ""
-    value = next(
-        (a.split("=", 1)[1] for a in sys.argv[1:] if a.lstrip("+~").startswith(f"{key}=")), None
+    argument = next(
+        (a for a in sys.argv[1:] if a.lstrip("+~").startswith((f"{key}=", f"{key}."))), ""
     )
+    value = argument.partition("=")[2] or None
     if key and re.search(r"is not in struct|not in '\w+'|Could not find", text):
         node = OmegaConf.structured(schema)
         *parents, name = key.split(".")
@@ -105,12 +117,28 @@ def explain(error: Exception, schema: type) -> str:
         if isinstance(known, DictConfig) and name not in known:
             names = ", ".join(str(k) for k in known)
             hint = closest(name, (str(k) for k in known))
+            if _is_open(known):
+                hint += f" To add it, write a + before: +{argument}."
+            key = argument.lstrip("+~").partition("=")[0] or key
             return f"{key}={value!r}: no such key.{hint} Known: {names}."
+    if reasons[0].startswith("Error merging override") and len(reasons) > 1:
+        del reasons[0]  # the next one says what is wrong with it
+        reasons[0] = reasons[0].splitlines()[0].rstrip(".") + "."
     first = " ".join(line.strip() for line in reasons[0].splitlines() if line.strip())
     first = re.sub(r"\s*(full_key|object_type|reference_type)[:=]\s*\S+", "", first)
     if len(reasons) > 1 and not key:
         first += " " + " ".join(reasons[1].split())
     return f"{key}={value!r}: {first}" if key and value is not None else first
+
+
+def _is_open(node: DictConfig) -> bool:
+    """Return whether a dataclass's field is a mapping that takes any key."""
+    parent = node._get_parent()
+    return (
+        not dataclasses.is_dataclass(OmegaConf.get_type(node))
+        and isinstance(parent, DictConfig)
+        and dataclasses.is_dataclass(OmegaConf.get_type(parent))
+    )
 
 
 def fail(message: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tempfile
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mamba2lm.data.loader import Corpus
+from mamba2lm.data.loader import Corpus, training_batches
+from mamba2lm.distributed import World
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.training.hardware import memory_available
-from mamba2lm.training.metrics import read_metrics
 from mamba2lm.training.optimizer import OptimizerConfig
 from mamba2lm.training.run_folder import RunFolder
 from mamba2lm.training.schedule import ScheduleConfig
@@ -65,15 +66,40 @@ def estimate_memory(
 
     Returns:
         The parts in bytes. Activations are every distinct storage that autograd keeps, weights
-        left out; a storage counts once however many tensors share it.
+        left out; a storage counts once however many tensors share it. Packed rows keep a little
+        more (document masks), which is not counted. Document boundaries are left
+        out too: where they are is data, which tensors without storage do not have.
     """
+
+    def kept_by(letters: str) -> int:
+        smaller = dataclasses.replace(config, pattern=letters, n_layers=None)
+        return _kept_for_backward(smaller, micro_batch, length, dtype, activation_checkpointing)
+
+    # Sub-layers of the same letter keep the same: one of each is run, and one more of each.
+    counts = Counter(config.letters)
+    once = "".join(counts)
+    activations = base = kept_by(once)
+    for letter, count in counts.items():
+        if count > 1:
+            activations += (count - 1) * (kept_by(once + letter) - base)
+    with torch.device("meta"):
+        size = 4 * LanguageModel(config).parameter_count()
+    return MemoryEstimate(size, size, 2 * size, activations)
+
+
+def _kept_for_backward(
+    config: ModelConfig,
+    micro_batch: int,
+    length: int,
+    dtype: torch.dtype,
+    activation_checkpointing: bool,
+) -> int:
+    kept: dict[int, tuple[int, Tensor]] = {}
     with FakeTensorMode():
         model = LanguageModel(config)
         model.activation_checkpointing = activation_checkpointing
         ids = torch.zeros(micro_batch, length, dtype=torch.int64)
-        seq_idx = torch.zeros(micro_batch, length, dtype=torch.int32)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        kept: dict[int, tuple[int, Tensor]] = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -82,12 +108,12 @@ def estimate_memory(
                 kept[storage._cdata] = (storage.nbytes(), tensor)
             return tensor
 
-        keep = torch.autograd.graph.saved_tensors_hooks(pack, _same)
-        with keep, autocast(torch.device("cpu"), dtype):
-            model(ids, ids, seq_idx=seq_idx)
-        size = sum(p.numel() * 4 for p in model.parameters())
-        activations = sum(nbytes for nbytes, _ in kept.values())
-    return MemoryEstimate(size, size, 2 * size, activations)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, _same),
+            autocast(torch.device("cpu"), dtype),
+        ):
+            model(ids, ids)
+        return sum(nbytes for nbytes, _ in kept.values())
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -111,7 +137,7 @@ def report_dry_run(
     optimizer: OptimizerConfig,
     accelerator: Accelerator,
 ) -> None:
-    """Show on standard output what a run would be, and do one step of it in a temporary folder.
+    """Show on standard output what a run would be, and do one step of it, writing nothing.
 
     Args:
         resolved: The whole configuration, to show.
@@ -138,7 +164,8 @@ def report_dry_run(
     tokens = training.max_steps * training.batch_size * length
     free = memory_available(device)
     facts = {
-        "layers": model_config.letters,
+        "layers": f"{len(model_config.letters)}: {model_config.pattern}"
+        f" x {len(model_config.letters) // len(model_config.pattern)}",
         "parameters": f"{total:,} ({body:,} without embedding)",
         "FLOPs per token": f"{forward:.4g} forward, {3 * forward:.4g} trained",
         "data": ", ".join(f"{k} {v}" for k, v in corpus.train.describe().items()),
@@ -151,10 +178,11 @@ def report_dry_run(
         f"optimizer {readable_bytes(memory.optimizer)}, "
         f"activations {readable_bytes(memory.activations)}; {readable_bytes(free)} free",
     }
+    world = World(accelerator.process_index, accelerator.num_processes, device)
     facts["one step"] = (
-        _one_step(model_config, corpus, training, optimizer, accelerator)
-        if memory.total < 0.9 * free
-        else "not run: the estimate is more than the memory free"
+        "not run: the estimate is more than the memory free"
+        if world.any(memory.total > 0.9 * free)
+        else _one_step(model_config, corpus, training, optimizer, accelerator)
     )
     if accelerator.is_main_process:
         sys.stdout.write(OmegaConf.to_yaml(resolved) + "\n")
@@ -174,23 +202,29 @@ def _one_step(
 ) -> str:
     model = LanguageModel(model_config)
     model.init_weights(training.seed)
-    once = dataclasses.replace(training, max_steps=1, log_every=1, eval_every=0, sample_every=0)
-    with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder))
-        run.write_config({})
-        Trainer(
-            model,
-            corpus,
-            config=once,
-            optimizer=optimizer,
-            schedule=ScheduleConfig(warmup_steps=0),
-            run=run,
-            accelerator=accelerator,
-        ).fit()
-        if not accelerator.is_main_process:
-            return ""
-        [row] = read_metrics(run.metrics)
+    trainer = Trainer(
+        model,
+        corpus,
+        config=training,
+        optimizer=optimizer,
+        schedule=ScheduleConfig(),
+        run=RunFolder(Path()),  # never written to: only fit() does
+        accelerator=accelerator,
+    )
+    batches = training_batches(
+        corpus.train,
+        start=0,
+        micro_batch=trainer.micro_batch,
+        rank=trainer.world.rank,
+        world_size=trainer.world.size,
+    )
+    begin = time.perf_counter()
+    loss, grad_norm, _ = trainer.forward_backward(
+        [next(batches) for _ in range(trainer.micro_steps)]
+    )
+    trainer.optimizers.step()
+    speed = training.batch_size * corpus.sequence_length / (time.perf_counter() - begin)
     return (
-        f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.2f}, "
-        f"{row['tokens_per_second']:,.0f} tokens/s (the first step is slower than the rest)"
+        f"loss {loss:.4f}, gradient norm {grad_norm:.2f}, "
+        f"{speed:,.0f} tokens/s (the first step is slower than the rest)"
     )

@@ -42,9 +42,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 1024 if device.type == "cpu" else 8192
     # A generator of its own: the run's random numbers must not depend on when this is measured.
     generator = torch.Generator(device).manual_seed(0)
-    a, b = (
-        torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2)
-    )
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):  # the first warms up
         if device.type == "cuda":

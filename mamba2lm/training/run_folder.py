@@ -73,7 +73,7 @@ def open_run(run_dir: str, resume: str) -> RunFolder:
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise ConfigError("run_dir", run_dir, "is a file; give a folder.")
-    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).exists():
+    if path.is_dir() and any(path.iterdir()) and not _has_run_config(path):
         raise ConfigError(
             "run_dir", run_dir, "is a folder with other things in it; choose another."
         )
@@ -90,6 +90,11 @@ def open_run(run_dir: str, resume: str) -> RunFolder:
             raise ConfigError(
                 "run_dir", run_dir, f"holds another run than resume={resume}; choose another."
             )
+        newest = newest_valid(path) if holds_run else None
+        if newest is not None and newest.resolve() != checkpoint.resolve():
+            raise ConfigError(
+                "run_dir", run_dir, f"holds later steps than resume={resume}; choose another."
+            )
         return RunFolder(path, checkpoint)
     if not holds_run:
         return RunFolder(path)
@@ -100,8 +105,6 @@ def open_run(run_dir: str, resume: str) -> RunFolder:
         log.warning(
             "%s holds a run that stopped before its first checkpoint: starting it over", path
         )
-        (path / "metrics.jsonl").unlink(missing_ok=True)
-        (path / "samples.txt").unlink(missing_ok=True)
     return RunFolder(path, checkpoint)
 
 
@@ -134,6 +137,14 @@ def copy_tokenizer(run: RunFolder, folder: Path) -> None:
     """Copy the run's tokenizer into a checkpoint folder, if it has one."""
     if run.tokenizer.is_dir():
         shutil.copytree(run.tokenizer, folder / TOKENIZER)
+
+
+def _has_run_config(path: Path) -> bool:
+    """Return whether a folder's ``config.yaml`` is one that a run wrote."""
+    try:
+        return "training" in read_config(path, "run_dir")
+    except ConfigError:
+        return False
 
 
 def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:

@@ -25,7 +25,13 @@ from mamba2lm.models.checkpoint import point
 from mamba2lm.schema import ConfigError
 from mamba2lm.training.checkpoint import Progress, prune, restore, save
 from mamba2lm.training.hardware import memory_in_use, peak_flops
-from mamba2lm.training.metrics import Metrics, Tracker, plot_losses, truncate_metrics
+from mamba2lm.training.metrics import (
+    Metrics,
+    Tracker,
+    plot_losses,
+    truncate_metrics,
+    truncate_samples,
+)
 from mamba2lm.training.optimizer import OptimizerConfig, Optimizers, clip_gradients
 from mamba2lm.training.parallelize import parallelize
 from mamba2lm.training.run_folder import RunFolder
@@ -68,7 +74,7 @@ class TrainingConfig:
     eval_every: int = 250
     """Validate every so many steps, and at the end; 0 never."""
     eval_batches: int | None = None
-    """Batches per validation, spread over the held-out text; null takes all of it."""
+    """Batches of batch_size per validation, spread over the held-out text; null takes all of it."""
     sample_every: int = 0
     """Write a sample every so many steps; 0 only at the end."""
     sample_prompt: str = "The"
@@ -89,10 +95,11 @@ class TrainingConfig:
         Raises:
             ConfigError: Naming the key, its value and the remedy.
         """
-        for name in ("max_steps", "batch_size", "log_every", "save_every", "keep_last"):
+        at_least_one = ("max_steps", "batch_size", "log_every", "save_every", "keep_last")
+        for name in (*at_least_one, "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}", getattr(self, name), "must be ≥ 1.")
-        for name in ("eval_every", "sample_every"):
+        for name in ("eval_every", "sample_every", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"training.{name}", getattr(self, name), "must be ≥ 0.")
         for name in ("micro_batch_size", "eval_batches", "threads"):
@@ -101,6 +108,10 @@ class TrainingConfig:
                 raise ConfigError(f"training.{name}", value, "must be ≥ 1, or null.")
         if not self.max_grad_norm > 0:
             raise ConfigError("training.max_grad_norm", self.max_grad_norm, "must be positive.")
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ConfigError(
+                "training.peak_tflops", self.peak_tflops, "must be positive, or null."
+            )
 
     def share_of(self, processes: int) -> tuple[int, int]:
         """Return (sequences per forward pass, forward passes per step) of each process.
@@ -168,6 +179,7 @@ class Trainer:
         self.dtype = matmul_dtype(config.precision, self.device)
         self.num_workers, self.write_sample = num_workers, write_sample
 
+        torch.manual_seed(config.seed)
         self.model = model.to(self.device)
         self.optimizers = Optimizers(optimizer, self.model)
         self.progress = Progress(data_fingerprint=corpus.train.fingerprint)
@@ -184,6 +196,11 @@ class Trainer:
         self.tracker = tracker
         self.stop_requested = False
 
+    @property
+    def complete(self) -> bool:
+        """Whether no step is left to take."""
+        return self.progress.step >= self.config.max_steps
+
     def fit(self) -> bool:
         """Train until ``max_steps``.
 
@@ -194,10 +211,9 @@ class Trainer:
             NonFiniteError: ``max_bad_steps`` in a row; nothing was learned from them.
         """
         config, progress = self.config, self.progress
-        if progress.step >= config.max_steps:
+        if self.complete:
             log.info("the run is complete: step %d of %d", progress.step, config.max_steps)
             return True
-        metrics = self._open_metrics()
         batches = training_batches(
             self.corpus.train,
             start=progress.samples,
@@ -210,7 +226,7 @@ class Trainer:
         validates = config.eval_every > 0 and self.corpus.validation is not None
         meter = Meter()
         bad_steps = 0
-        with self._handle_sigterm():
+        with self._handle_sigterm(), self._open_metrics() as metrics:
             while progress.step < config.max_steps:
                 ratio = learning_rate_ratio(self.schedule, progress.step, config.max_steps)
                 rate = self.optimizer.learning_rate * ratio
@@ -219,7 +235,7 @@ class Trainer:
                 begin = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(self.micro_steps)]
                 meter.data_wait += time.perf_counter() - begin
-                loss, grad_norm, stop = self._forward_backward(micro_batches)
+                loss, grad_norm, stop = self.forward_backward(micro_batches)
                 if math.isfinite(loss) and math.isfinite(grad_norm):
                     self.optimizers.step()
                     bad_steps = 0
@@ -250,15 +266,15 @@ class Trainer:
                 if stop and not last:
                     log.info("stopped by SIGTERM at step %d, after saving", progress.step)
                     break
-        if metrics:
-            metrics.close()
+        if self.world.is_main:
             plot_losses(self.run.metrics, self.run.plot)
-        return progress.step == config.max_steps
+        return self.complete
 
-    def _forward_backward(
-        self, micro_batches: list[dict[str, Tensor]]
-    ) -> tuple[float, float, bool]:
-        """Accumulate the gradient of the mean loss over all labels of the step.
+    def forward_backward(self, micro_batches: list[dict[str, Tensor]]) -> tuple[float, float, bool]:
+        """Accumulate the gradient of the mean loss over all labels of the step, and clip it.
+
+        Args:
+            micro_batches: This process's share of the step, as ``training_batches`` gives it.
 
         Returns:
             That loss, the gradient's norm before clipping, and whether any process was told to
@@ -295,7 +311,7 @@ class Trainer:
             val_loss in nats per token, val_perplexity, and for text val_bits_per_byte: the loss of
             all tokens over the bytes of their text.
         """
-        held_out = self.corpus.validation
+        held_out, batches = self.corpus.validation, self.config.eval_batches
         assert held_out is not None
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -306,7 +322,8 @@ class Trainer:
                 batch_size=self.micro_batch,
                 rank=self.world.rank,
                 world_size=self.world.size,
-                max_batches=self.config.eval_batches,
+                # The same samples whatever the number of processes and micro-steps.
+                max_batches=batches and batches * self.micro_steps,
             ):
                 total += self._loss_sum(self.model, batch)
                 count += int((batch["labels"] != -100).sum())
@@ -380,22 +397,32 @@ class Trainer:
         if self.progress.data_fingerprint != fingerprint:
             log.warning("the training data are not those that %s saw", self.run.resume_from)
             self.progress.data_fingerprint = fingerprint
+        if self.run.path.resolve() not in self.run.resume_from.resolve().parents:
+            self.progress.best_val_loss = None  # the best checkpoint of a new folder is its own
         log.info("continuing from %s", self.run.resume_from)
 
-    def _open_metrics(self) -> Metrics | None:
+    @contextlib.contextmanager
+    def _open_metrics(self) -> Iterator[Metrics | None]:
         """Open metrics.jsonl on the main process, without the rows that will be written again."""
         if not self.world.is_main:
-            return None
+            yield None
+            return
         truncate_metrics(self.run.metrics, self.progress.step)
-        return Metrics(self.run.metrics, max_steps=self.config.max_steps, tracker=self.tracker())
+        truncate_samples(self.run.samples, self.progress.step)
+        metrics = Metrics(self.run.metrics, max_steps=self.config.max_steps, tracker=self.tracker())
+        try:
+            yield metrics
+        finally:
+            metrics.close()
 
     def _report_bad_step(self, loss: float, grad_norm: float, bad_steps: int) -> None:
         step, size = self.progress.step + 1, self.config.batch_size
         first = self.progress.samples
-        log.warning(
-            "step %d skipped: loss %s, gradient norm %s, samples %d to %d",
-            step, loss, grad_norm, first, first + size - 1,
-        )  # fmt: skip
+        if self.world.is_main:
+            log.warning(
+                "step %d skipped: loss %s, gradient norm %s, samples %d to %d",
+                step, loss, grad_norm, first, first + size - 1,
+            )  # fmt: skip
         if bad_steps >= self.config.max_bad_steps:
             raise NonFiniteError(
                 f"{bad_steps} steps in a row without a finite loss and gradient, the last at step "

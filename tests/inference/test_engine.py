@@ -22,9 +22,7 @@ PROMPTS = [
 
 
 def engine(pattern: str, *, dtype: torch.dtype = torch.float32, chunk: int = 2048) -> Engine:
-    return Engine(
-        helpers.model(pattern, dtype=dtype), helpers.tokenizer(), prefill_chunk=chunk
-    )
+    return Engine(helpers.model(pattern, dtype=dtype), helpers.tokenizer(), prefill_chunk=chunk)
 
 
 def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import generate
-from mamba2lm.inference import Engine, SamplingConfig, load_run
+from mamba2lm.inference import Engine, SamplingConfig, Session, load_run
 from tests.inference import helpers
 
 SCRIPT = Path(generate.__file__)
@@ -97,8 +97,6 @@ def test_interactive_keeps_the_state_between_turns(run_dir: Path) -> None:
     run = load_run(run_dir)
     assert run.tokenizer is not None
     greedy = SamplingConfig(temperature=0.0)
-    from mamba2lm.inference import Session
-
     session = Session(Engine(run.model, run.tokenizer))
     one = session.say("She was", greedy, max_new_tokens=9).text
     two = session.say("\nEmma", greedy, max_new_tokens=9).text
@@ -189,7 +187,6 @@ def test_mistakes_name_key_value_and_remedy(
     arguments: list[str],
     message: str,
 ) -> None:
-    (tmp_path / "latin.txt").write_bytes("très né".encode()[:2] + "ès né".encode("latin-1"))
     (tmp_path / "latin.txt").write_bytes(b"fianc\xe9e")
     (tmp_path / "empty.txt").write_bytes(b"")
     helpers.write_run(tmp_path / "recall", helpers.model("MM"), None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mamba2lm.ops.dispatch import Impl, choose_impl
+from mamba2lm.ops.linear_cross_entropy.chunked import linear_cross_entropy_chunked
 from mamba2lm.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 
@@ -23,8 +24,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Project hidden states to logits and return their cross-entropy with the labels.
 
-    The product runs in the dtype of ``hidden`` (autocast is switched off inside, ``weight`` is
-    cast), the softmax in float32 (float64 for float64 inputs).
+    The product runs in autocast's dtype where that is on, else in the dtype of ``hidden``
+    (``weight`` is cast); the softmax in float32 (float64 for float64 inputs). ``auto`` works through
+    the tokens in chunks and never holds all the logits; ``reference`` does, and can be
+    differentiated twice.
 
     Args:
         hidden: Last hidden states, (…, d).
@@ -44,6 +47,7 @@ def linear_cross_entropy(
             or an implementation that does not exist.
     """
     choose_impl("linear_cross_entropy", impl, hidden)
+    chunked = impl == "auto" and reduction != "none" and hidden.dtype != torch.float64
     if weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (v, d={hidden.shape[-1]})."
@@ -58,8 +62,12 @@ def linear_cross_entropy(
         raise ValueError(f"vocab_size={vocab_size} must lie between 1 and the {v} rows of weight.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r} is unknown; use 'mean', 'sum' or 'none'.")
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss = linear_cross_entropy_reference(
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    compute = linear_cross_entropy_chunked if chunked else linear_cross_entropy_reference
+    with torch.autocast(device, enabled=False):
+        loss = compute(
             hidden.flatten(0, -2),
             weight,
             labels.flatten().long(),

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from mamba2lm.ops.discretisation import NO_LIMIT, step_sizes
-from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape
+from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
 from mamba2lm.ops.documents import document_ordinals
-from mamba2lm.ops.selective_scan.reference import selective_scan_parallel
+from mamba2lm.ops.selective_scan.cpu import selective_scan_cpu
+from mamba2lm.ops.selective_scan.reference import selective_scan_blocked
 from mamba2lm.ops.skip_and_gate import skip_and_gate
 
 
@@ -93,7 +94,8 @@ def selective_scan(
             position 0. None means zero.
         seq_idx: Document ids, (b, l); the state restarts from zero wherever the id changes.
         return_final_states: Whether to return the state after the last position too.
-        chunk_size: Positions scanned at a time; changes speed and memory, not the result.
+        chunk_size: Positions that the reference scans at a time; changes speed and memory, not
+            the result. The CPU path chooses its own.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -106,7 +108,7 @@ def selective_scan(
 
     Source: Gu & Dao 2023 (arXiv:2312.00752), algorithm 2.
     """
-    choose_impl("selective_scan", impl, x)
+    chosen = choose_impl("selective_scan", impl, x, cpu=True)
     sizes: dict[str, int] = {}
     expect_shape("x", x, "b l d", sizes)
     expect_shape("dt", dt, "b l d", sizes)
@@ -130,15 +132,23 @@ def selective_scan(
 
     with torch.autocast(x.device.type, enabled=False):
         delta_bld = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
-        y_bld, state_bdn = selective_scan_parallel(
-            x,
-            delta_bld,
-            A,
-            B,
-            C,
-            initial_states_bdn=initial_states,
-            document_bl=None if seq_idx is None else document_ordinals(seq_idx),
-            chunk_size=chunk_size,
-        )
+        delta_bld = delta_bld.to(state_dtype(x))
+        document_bl = None if seq_idx is None else document_ordinals(seq_idx)
+        if chosen == "cpu":
+            y_bld, state_bdn = selective_scan_cpu(
+                x, delta_bld, A, B, C, initial_states_bdn=initial_states, document_bl=document_bl
+            )
+        else:
+            y_bld, state_bdn = selective_scan_blocked(
+                x,
+                delta_bld,
+                A,
+                B,
+                C,
+                initial_states_bdn=initial_states,
+                document_bl=document_bl,
+                chunk_size=chunk_size,
+                parallel=x.device.type != "cpu",
+            )
         y_bld = skip_and_gate(y_bld, x, D, z)
     return (y_bld, state_bdn) if return_final_states else y_bld

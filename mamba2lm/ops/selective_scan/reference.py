@@ -112,55 +112,73 @@ def selective_scan_parallel(
     *,
     initial_states_bdn: Tensor | None = None,
     document_bl: Tensor | None = None,
-    chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Scan blocks of ``chunk_size`` positions in parallel, carrying the state between blocks.
+    """Scan all positions in parallel, in a number of rounds that grows as log₂ l.
 
-    The expanded state (b, chunk_size, d, n) exists for one block at a time: the backward pass
-    recomputes it from the carried state, as the paper's kernel does (section 3.3.2).
-
-    Args, Returns: as ``selective_scan_sequential``.
+    Args, Returns: as ``selective_scan_sequential`` (Gu & Dao 2023, section 3.3).
     """
     dtype = state_dtype(x_bld)
-    b, length, d = x_bld.shape
+    b, _, d = x_bld.shape
+    a_bldn = (dt_bld.unsqueeze(-1) * A_dn.to(dtype)).exp()
     keep_bl = _keep(document_bl)
+    if keep_bl is not None:
+        a_bldn = a_bldn * keep_bl[:, :, None, None]
+    u_bldn = (dt_bld * x_bld.to(dtype)).unsqueeze(-1) * B_bln.to(dtype).unsqueeze(2)
+    decay_bldn, h_bldn = associative_scan(a_bldn, u_bldn)
+    state_bdn = _initial(initial_states_bdn, b, d, A_dn.shape[1], dtype, x_bld)
+    h_bldn = torch.addcmul(h_bldn, decay_bldn, state_bdn.unsqueeze(1))
+    y_bld = (h_bldn @ C_bln.to(dtype).unsqueeze(-1)).squeeze(-1)
+    return y_bld.to(x_bld.dtype), h_bldn[:, -1]
+
+
+def selective_scan_blocked(
+    x_bld: Tensor,
+    dt_bld: Tensor,
+    A_dn: Tensor,
+    B_bln: Tensor,
+    C_bln: Tensor,
+    *,
+    initial_states_bdn: Tensor | None = None,
+    document_bl: Tensor | None = None,
+    chunk_size: int = 64,
+    parallel: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Scan ``chunk_size`` positions at a time with either scan, carrying the state.
+
+    The expanded states (b, chunk_size, d, n) exist for one block at a time: the backward pass
+    recomputes them from the carried state, as the paper's kernel does (section 3.3.2).
+
+    Args:
+        chunk_size: Positions per block, at least 1.
+        parallel: Whether blocks are scanned by ``selective_scan_parallel``, which suits
+            accelerators, or by ``selective_scan_sequential``, which is faster on a CPU.
+
+    Other Args, Returns: as ``selective_scan_sequential``.
+    """
+    scan = selective_scan_parallel if parallel else selective_scan_sequential
+    dtype = state_dtype(x_bld)
+    b, length, d = x_bld.shape
     state_bdn = _initial(initial_states_bdn, b, d, A_dn.shape[1], dtype, x_bld)
     outputs = []
     for start in range(0, length, chunk_size):
         block = slice(start, start + chunk_size)
+        if start and document_bl is not None:
+            same_b = document_bl[:, start] == document_bl[:, start - 1]
+            state_bdn = state_bdn * same_b[:, None, None]
         y_bqd, state_bdn = checkpoint(
-            _scan_block,
+            scan,
             x_bld[:, block],
             dt_bld[:, block],
-            A_dn.to(dtype),
-            B_bln[:, block].to(dtype),
-            C_bln[:, block].to(dtype),
-            state_bdn,
-            None if keep_bl is None else keep_bl[:, block],
+            A_dn,
+            B_bln[:, block],
+            C_bln[:, block],
+            initial_states_bdn=state_bdn,
+            document_bl=None if document_bl is None else document_bl[:, block],
             use_reentrant=False,
             preserve_rng_state=False,
         )
         outputs.append(y_bqd)
-    return torch.cat(outputs, dim=1).to(x_bld.dtype), state_bdn
-
-
-def _scan_block(
-    x_bqd: Tensor,
-    dt_bqd: Tensor,
-    A_dn: Tensor,
-    B_bqn: Tensor,
-    C_bqn: Tensor,
-    state_bdn: Tensor,
-    keep_bq: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    a_bqdn = (dt_bqd.unsqueeze(-1) * A_dn).exp()
-    if keep_bq is not None:
-        a_bqdn = a_bqdn * keep_bq[:, :, None, None]
-    u_bqdn = (dt_bqd * x_bqd).unsqueeze(-1) * B_bqn.unsqueeze(2)
-    prefix_a_bqdn, prefix_u_bqdn = associative_scan(a_bqdn, u_bqdn)
-    h_bqdn = torch.addcmul(prefix_u_bqdn, prefix_a_bqdn, state_bdn.unsqueeze(1))
-    y_bqd = (h_bqdn @ C_bqn.unsqueeze(-1)).squeeze(-1)
-    return y_bqd, h_bqdn[:, -1]
+    return torch.cat(outputs, dim=1), state_bdn
 
 
 def _keep(document_bl: Tensor | None) -> Tensor | None:

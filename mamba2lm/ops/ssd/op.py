@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mamba2lm.ops.discretisation import NO_LIMIT, step_sizes
-from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape
+from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.skip_and_gate import skip_and_gate
 from mamba2lm.ops.ssd.cpu import ssd_chunked_cpu
@@ -136,6 +136,7 @@ def ssd(
 
     with torch.autocast(x.device.type, enabled=False):
         delta_blh = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
+        delta_blh = delta_blh.to(state_dtype(x))
         log_a_blh = delta_blh * A.to(delta_blh.dtype)
         document_bl = None if seq_idx is None else document_ordinals(seq_idx)
         skip = None if D is None else D.unsqueeze(-1) if D.ndim == 1 else D

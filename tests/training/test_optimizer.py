@@ -1,0 +1,168 @@
+"""Which parameters decay, which go to Muon, and that the state survives a round trip."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mamba2lm.models import LanguageModel
+from mamba2lm.schema import ConfigError
+from mamba2lm.training.optimizer import (
+    OptimizerConfig,
+    OptimizerKind,
+    Optimizers,
+    build_optimizers,
+    clip_gradients,
+)
+from tests.training.helpers import tiny_model
+
+# The matrices of each mixer that are products with the stream; all else is never decayed.
+MATRICES = {
+    "M": {"mixer.in_proj.weight", "mixer.out_proj.weight"},
+    "S": {
+        "mixer.in_proj.weight",
+        "mixer.x_proj.weight",
+        "mixer.dt_proj.weight",
+        "mixer.out_proj.weight",
+    },
+    "A": {"mixer.in_proj.weight", "mixer.out_proj.weight"},
+    "F": {"mixer.fc1.weight", "mixer.fc2.weight"},
+}
+KINDS = [OptimizerKind.adamw, OptimizerKind.muon]
+
+
+def names_of(model: LanguageModel, parameters: list[Tensor]) -> set[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter] for parameter in parameters}  # type: ignore[index]
+
+
+def matrices_of(pattern: str) -> set[str]:
+    return {
+        f"layers.{number}.{name}"
+        for number, letter in enumerate(pattern * 2)
+        for name in MATRICES[letter]
+    }
+
+
+@pytest.mark.parametrize("pattern", ["M", "S", "A", "F", "MSAF"])
+def test_adamw_decays_matrices_and_the_embedding_only(pattern: str) -> None:
+    model = tiny_model(pattern)
+    [adamw] = build_optimizers(OptimizerConfig(weight_decay=0.1), model)
+    decay = {
+        group["weight_decay"]: names_of(model, group["params"]) for group in adamw.param_groups
+    }
+    assert decay[0.1] == matrices_of(pattern) | {"embedding.weight"}
+    assert decay[0.0] == {name for name, _ in model.named_parameters()} - decay[0.1]
+    assert {"norm_f.weight", "layers.0.norm.weight"} <= decay[0.0]
+
+
+def test_mamba_never_decays_what_sets_its_time_scale() -> None:
+    model = tiny_model("MS")
+    [adamw] = build_optimizers(OptimizerConfig(), model)
+    spared = names_of(model, adamw.param_groups[1]["params"])
+    mamba2 = ("A_log", "D", "dt_bias", "conv1d.weight", "conv1d.bias", "norm.weight")
+    mamba1 = ("A_log", "D", "dt_proj.bias", "conv1d.weight", "conv1d.bias")
+    assert {f"layers.0.mixer.{name}" for name in mamba2} <= spared
+    assert {f"layers.1.mixer.{name}" for name in mamba1} <= spared
+
+
+@pytest.mark.parametrize("pattern", ["M", "MSAF"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_muon_takes_the_matrices_inside_the_blocks(pattern: str, tied: bool) -> None:
+    model = tiny_model(pattern, tie_embeddings=tied)
+    config = OptimizerConfig(OptimizerKind.muon, weight_decay=0.3, adamw_scale=0.5)
+    adamw, muon = build_optimizers(config, model)
+    assert isinstance(muon, torch.optim.Muon)
+    [group] = muon.param_groups
+    assert names_of(model, group["params"]) == matrices_of(pattern)
+    assert group["weight_decay"] == 0.3
+    ends = {"embedding.weight"} | (set() if tied else {"lm_head.weight"})
+    assert names_of(model, adamw.param_groups[0]["params"]) == ends
+    everything = [p for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
+    assert len(everything) == len(set(everything)) == len(list(model.parameters()))
+
+
+def test_learning_rates_keep_their_ratio() -> None:
+    model = tiny_model("M")
+    optimizers = Optimizers(OptimizerConfig(OptimizerKind.muon, adamw_scale=0.5), model)
+    optimizers.set_learning_rate(0.02)
+    adamw, muon = optimizers.each
+    assert [group["lr"] for group in adamw.param_groups] == [0.01, 0.01]
+    assert [group["lr"] for group in muon.param_groups] == [0.02]
+
+
+def take_step(model: LanguageModel, optimizers: Optimizers, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(257, (2, 17), generator=generator)
+    loss = model(ids[:, :-1], ids[:, 1:]).loss
+    assert loss is not None
+    loss.backward()
+    optimizers.step()
+    optimizers.zero_grad()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_survives_a_file_bit_for_bit(kind: OptimizerKind, tmp_path: Path) -> None:
+    model = tiny_model("MSAF")
+    optimizers = Optimizers(OptimizerConfig(kind), model)
+    for seed in range(3):
+        take_step(model, optimizers, seed)
+    before = optimizers.state_tensors()
+    save_file(before, tmp_path / "state.safetensors")
+
+    twin = copy.deepcopy(model)
+    restored = Optimizers(OptimizerConfig(kind), twin)
+    restored.load_state_tensors(load_file(tmp_path / "state.safetensors"))
+    after = restored.state_tensors()
+    assert before.keys() == after.keys()
+    states = {name.rsplit("::", 1)[1] for name in before}
+    adamw_states = {"step", "exp_avg", "exp_avg_sq"}
+    assert states == adamw_states | ({"momentum_buffer"} if kind is OptimizerKind.muon else set())
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+    take_step(model, optimizers, 9)
+    take_step(twin, restored, 9)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    fresh = copy.deepcopy(twin)
+    take_step(twin, restored, 10)
+    take_step(fresh, Optimizers(OptimizerConfig(kind), fresh), 10)
+    assert not torch.equal(twin.embedding.weight, fresh.embedding.weight)
+
+
+def test_state_of_another_model_is_refused() -> None:
+    optimizers = Optimizers(OptimizerConfig(), tiny_model("M"))
+    with pytest.raises(ValueError, match=r"unknown parameter layers\.9\.mixer\.D"):
+        optimizers.load_state_tensors({"layers.9.mixer.D::exp_avg": torch.ones(4)})
+
+
+def test_clipping_scales_the_whole_gradient_and_returns_its_norm() -> None:
+    model = tiny_model("M")
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    norm = torch.cat([g.flatten() for g in before]).double().norm().item()
+    assert norm > 2
+    assert float(clip_gradients(model, 2.0)) == pytest.approx(norm, rel=1e-5)
+    after = [p.grad for p in model.parameters() if p.grad is not None]
+    for long, short in zip(before, after, strict=True):
+        torch.testing.assert_close(short, long * (2.0 / norm), rtol=1e-4, atol=1e-7)
+    kept = [gradient.clone() for gradient in after]
+    assert float(clip_gradients(model, 5.0)) == pytest.approx(2.0, rel=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(kept, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", 0.0), ("weight_decay", -0.1), ("betas", [0.9, 1.0]), ("betas", [0.9])],
+)
+def test_impossible_values_are_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"optimizer\.{name}="):
+        OptimizerConfig(**{name: value}).validate()  # type: ignore[arg-type]
