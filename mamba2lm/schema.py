@@ -77,7 +77,7 @@ def check_names(schema: DictConfig, values: DictConfig, key: str) -> None:
     """Refuse a key that the schema does not have, naming the closest one that it has."""
     for name in values:
         full = f"{key}.{name}" if key else str(name)
-        if name not in schema:
+        if name not in schema.keys():  # noqa: SIM118 (a missing value is not `in` the schema)
             known = ", ".join(str(k) for k in schema)
             raise ConfigError(
                 full,

@@ -58,9 +58,6 @@ def load_run(
     chosen_device = choose_device(device)
     chosen_dtype = choose_dtype(dtype, chosen_device)
     tune_host()
-    # What a state has long forgotten decays to numbers that a CPU multiplies a hundred times slower
-    # than others (measured: a step of 4 layers takes 27 ms with them and 5 ms without).
-    torch.set_flush_denormal(True)
     folder = resolve(path, key)
     config = read_config(folder, key)
     model = load_model(folder, key=key, device=chosen_device, dtype=chosen_dtype)

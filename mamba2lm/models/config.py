@@ -75,8 +75,18 @@ class ModelConfig:
         default = default_mixers().get(letter, {"type": cls.type_name})
         fields = {k: v for k, v in self.mixers[letter].items() if k != "type"}
         if default["type"] != cls.type_name:
-            # The letter was given to another mixer: what is left of the first one's defaults
-            # was written by nobody.
+            # The letter was given to another mixer: what is left of the first one's defaults was
+            # written by nobody. Where both have a field, nobody can tell: better to ask.
+            own = dataclasses.asdict(cls.config_class())
+            for name, value in fields.items():
+                require(
+                    name not in own or value == own[name] or value != default.get(name),
+                    f"model.mixers.{letter}.{name}",
+                    value,
+                    f"is the default of {default['type']}, to which '{letter}' belongs otherwise; "
+                    f"that of {cls.type_name} is {own.get(name)!r}. Write that or another value, "
+                    "or give the mixer a new letter.",
+                )
             fields = {k: v for k, v in fields.items() if k not in default or v != default[k]}
         config = from_mapping(cls.config_class, fields, f"model.mixers.{letter}")
         config.validate(self.d_model, f"model.mixers.{letter}")

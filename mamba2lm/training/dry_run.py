@@ -66,8 +66,7 @@ def estimate_memory(
 
     Returns:
         The parts in bytes. Activations are every distinct storage that autograd keeps, weights
-        left out; a storage counts once however many tensors share it. Packed rows keep a little
-        more (document masks), which is not counted. Document boundaries are left
+        left out; a storage counts once however many tensors share it. Document boundaries are left
         out too: where they are is data, which tensors without storage do not have.
     """
 

@@ -181,7 +181,8 @@ def plot_losses(metrics: Path, target: Path) -> None:
     axis.set(xlabel="tokens", ylabel="loss, nats per token")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    if train or held_out:
+        axis.legend(frameon=False)
     figure.savefig(target, dpi=130)
     plt.close(figure)
 

@@ -147,6 +147,7 @@ def tiny_run(text: Path, run_dir: Path, *changes: str) -> list[str]:
         "model.n_layers": "2",
         "model.mixers.M.d_state": "16",
         "model.mixers.M.headdim": "16",
+        "model.mixers.M.chunk_size": "16",
         "optimizer.kind": "adamw",
         "optimizer.learning_rate": "0.003",
         "schedule.kind": "cosine",
