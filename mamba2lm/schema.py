@@ -85,12 +85,14 @@ def check_names(schema: DictConfig, values: DictConfig, key: str) -> None:
                 f"no such key.{closest(str(name), schema)} Known: {known}.",
             )
         nested_schema, nested = _node(schema, name), _node(values, name)
-        if (
-            isinstance(nested_schema, DictConfig)
-            and isinstance(nested, DictConfig)
-            and dataclasses.is_dataclass(OmegaConf.get_type(nested_schema))
-        ):
+        if not dataclasses.is_dataclass(section := OmegaConf.get_type(nested_schema)):
+            continue
+        if isinstance(nested_schema, DictConfig) and isinstance(nested, DictConfig):
             check_names(nested_schema, nested, full)
+        elif not OmegaConf.is_interpolation(values, str(name)):
+            raise ConfigError(
+                full, _peek(values, name), f"expected a mapping of {fields_of(section)}."
+            )
 
 
 def from_omegaconf(error: OmegaConfBaseException, key: str, values: Any = None) -> ConfigError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -214,19 +215,10 @@ class Trainer:
         if self.complete:
             log.info("the run is complete: step %d of %d", progress.step, config.max_steps)
             return True
-        batches = training_batches(
-            self.corpus.train,
-            start=progress.samples,
-            micro_batch=self.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
         validates = config.eval_every > 0 and self.corpus.validation is not None
         meter = Meter()
         bad_steps = 0
-        with self._handle_sigterm(), self._open_metrics() as metrics:
+        with self._handle_sigterm(), self._open_metrics() as metrics, self._batches() as batches:
             while progress.step < config.max_steps:
                 ratio = learning_rate_ratio(self.schedule, progress.step, config.max_steps)
                 rate = self.optimizer.learning_rate * ratio
@@ -400,6 +392,35 @@ class Trainer:
         if self.run.path.resolve() not in self.run.resume_from.resolve().parents:
             self.progress.best_val_loss = None  # the best checkpoint of a new folder is its own
         log.info("continuing from %s", self.run.resume_from)
+
+    @contextlib.contextmanager
+    def _batches(self) -> Iterator[Iterator[dict[str, Tensor]]]:
+        """Open the batches from where the run stands, and end the processes that read ahead."""
+        others = set(multiprocessing.active_children())
+        # A scheduler sends SIGTERM to every process of a job. The readers, which begin here, have
+        # to outlive it until the last step is done: they inherit it blocked.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            batches = training_batches(
+                self.corpus.train,
+                start=self.progress.samples,
+                micro_batch=self.micro_batch,
+                rank=self.world.rank,
+                world_size=self.world.size,
+                num_workers=self.num_workers,
+                pin_memory=self.device.type == "cuda",
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        readers = set(multiprocessing.active_children()) - others
+        try:
+            yield batches
+        finally:
+            # Left alone they would be sent SIGTERM at exit, and waited for.
+            if shut_down := getattr(batches, "_shutdown_workers", None):
+                shut_down()
+            for reader in readers:
+                reader.kill()
 
     @contextlib.contextmanager
     def _open_metrics(self) -> Iterator[Metrics | None]:

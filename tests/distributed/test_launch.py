@@ -12,8 +12,6 @@ from mamba2lm.models.checkpoint import WEIGHTS, checkpoints_of
 from mamba2lm.training.metrics import read_metrics
 from tests.training.helpers import finish, free_port, run_here, start, text_file, tiny_run
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 CHANGES = ["training.max_steps=12", "training.eval_every=6", "model.pattern=MA",
            "model.mixers.A.n_heads=4"]  # fmt: skip
 

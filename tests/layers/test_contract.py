@@ -128,6 +128,11 @@ def test_one_document_number_changes_nothing(case: Case) -> None:
     same_bl = torch.full((2, 11), 7)
     with torch.no_grad():
         assert_close(mixer(x_bld, seq_idx_bl=same_bl)[0], mixer(x_bld)[0])
+        _, before = run(mixer, inputs(2, 3, seed=2))
+        numbered_bld, numbered = run(mixer, x_bld, before, same_bl)
+        expected_bld, expected = run(mixer, x_bld, before)
+        assert_close(numbered_bld, expected_bld)
+        assert_close(mixer.step(x_bld[:, 0], numbered)[0], mixer.step(x_bld[:, 0], expected)[0])
 
 
 @by_case
@@ -403,6 +408,10 @@ def test_bf16_weights_decode_as_they_prefill(case: Case) -> None:
         assert (y_bld.float() - expected_bld).abs().max() < 0.04 * scale
 
 
+# State tensors that keep activations; whatever else is in a state is recurrent.
+AS_THEY_ARE = {"conv", "k_bskp", "v_bskp"}
+
+
 @by_case
 def test_new_states_follow_the_weights_or_the_asked_dtype(case: Case) -> None:
     mixer = case.build(torch.float32)
@@ -410,10 +419,10 @@ def test_new_states_follow_the_weights_or_the_asked_dtype(case: Case) -> None:
         state = mixer.new_state(3, dtype=dtype)
         for name in state:
             assert state[name].shape[0] == 3
-            if name == "ssm":
-                assert state[name].dtype == recurrent_dtype(mixer.residual_weight().dtype)
-            elif state[name].is_floating_point():
+            if name in AS_THEY_ARE:
                 assert state[name].dtype == dtype
+            elif state[name].is_floating_point():
+                assert state[name].dtype == recurrent_dtype(mixer.residual_weight().dtype)
             assert not state[name].any()
     with torch.device("meta"):
         assert all(

@@ -240,7 +240,7 @@ def test_a_hostile_pickle_is_refused_and_never_runs(how: str, tmp_path: Path) ->
     with pytest.raises(ConfigError, match=f"checkpoint=.*cannot read {WEIGHTS}"):
         load_model(folder)
     assert not trap.exists()
-    pickle.loads((pickle.dumps(Exploit(trap))))  # the trap is a real one
+    pickle.loads(pickle.dumps(Exploit(trap)))  # the trap is a real one
     assert trap.exists()
 
 

@@ -21,8 +21,6 @@ from mamba2lm.training.checkpoint import OPTIMIZER
 from mamba2lm.training.metrics import read_metrics
 from tests.training.helpers import finish, run_here, start, text_file, tiny_run, tree
 
-pytestmark = pytest.mark.xdist_group("train_command")
-
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
