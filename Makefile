@@ -23,10 +23,10 @@ setup: $(VENV)/.installed  ## Create .venv with what training and generation nee
 setup-dev: $(VENV)/.installed-dev  ## Add what tests and checks need
 
 test: setup-dev  ## Run every CPU test (GPU tests are skipped without a GPU)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup-dev  ## Run the slow tests too
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --slow
 
 check: setup-dev  ## Lint, formatting, types
 	$(BIN)/ruff check .

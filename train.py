@@ -6,9 +6,7 @@ Without arguments this is the quickstart: a small Mamba-2 on the novels the pack
 from __future__ import annotations
 
 import logging
-
-import torch
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from mamba2lm.cli import script
 from mamba2lm.config import TrainConfig
@@ -21,8 +19,12 @@ from mamba2lm.models import LanguageModel
 from mamba2lm.models.checkpoint import TOKENIZER
 from mamba2lm.training.dry_run import report_dry_run
 from mamba2lm.training.metrics import Tracking, WandbTracker
+from mamba2lm.training.parallelize import start_accelerator
 from mamba2lm.training.run_folder import RunFolder, check_same_run, open_run
 from mamba2lm.training.trainer import EXIT_DIVERGED, EXIT_STOPPED, NonFiniteError, Trainer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger("mamba2lm.train")
 
@@ -32,7 +34,7 @@ def main(config: TrainConfig) -> int:
     """Read the configuration, build, run."""
     config.validate()
     tune_host(config.training.threads)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    accelerator = start_accelerator()
     if not accelerator.is_main_process:
         logging.getLogger("mamba2lm").setLevel(logging.WARNING)
     config.training.share_of(accelerator.num_processes)  # objects to sizes that do not divide

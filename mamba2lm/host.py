@@ -14,8 +14,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 def tune_host(threads: int | None = None) -> None:
     """Set torch's thread count, flush denormals to zero, make glibc keep large freed blocks.
 
-    Without the last, every large activation is mapped afresh and its pages zeroed by the kernel at first
-    touch, which costs more than the arithmetic of an elementwise pass (measured: a causal
+    Without the last, every large activation is mapped afresh and its pages zeroed by the kernel at
+    first touch, which costs more than the arithmetic of an elementwise pass (measured: a causal
     convolution of 16×512×640 runs 1.5 to 3.5 times faster after this).
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,11 @@ class ModelConfig:
                 "model.pattern",
                 self.pattern,
                 f"letter '{letter}' is not defined. Known letters: {known}; "
-                f"add a new one under model.mixers.{letter}.type.",
+                f"define a new one with +model.mixers.{letter}.type=….",
+            )
+        if not isinstance(given, Mapping):
+            raise ConfigError(
+                key, given, f"expected a mapping, e.g. {{type: mamba2}}; types: {_types()}."
             )
         if "type" not in given:
             raise ConfigError(f"{key}.type", None, f"missing; one of {_types()}.")

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
 from mamba2lm.models import LanguageModel
+
+
+def start_accelerator() -> Accelerator:
+    """Join the processes that torchrun or accelerate started, on a GPU each or on the CPU.
+
+    Mixed precision stays ours (``trainer.autocast``): Accelerate's rewrites the model's forward, and
+    sampling between steps would then differ from a loaded checkpoint's.
+    """
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
 
 def parallelize(

@@ -25,8 +25,8 @@ def linear_cross_entropy(
     """Project hidden states to logits and return their cross-entropy with the labels.
 
     The product runs in autocast's dtype where that is on, else in the dtype of ``hidden``
-    (``weight`` is cast); the softmax in float32 (float64 for float64 inputs). ``auto`` works through
-    the tokens in chunks and never holds all the logits; ``reference`` does, and can be
+    (``weight`` is cast); the softmax in float32 (float64 for float64 inputs). ``auto`` works
+    through the tokens in chunks and never holds all the logits; ``reference`` does, and can be
     differentiated twice.
 
     Args:
