@@ -109,7 +109,7 @@ def sampler(config: TrainConfig, corpus: Corpus):
         prompt = config.training.sample_prompt
         [completion] = Engine(model, tokenizer).generate(
             [prompt],
-            SamplingConfig(temperature=0.8, top_p=0.95),
+            SamplingConfig(temperature=0.7),
             max_new_tokens=config.training.sample_tokens,
             seeds=config.training.seed,
         )

@@ -12,8 +12,8 @@ from mamba2lm.models import LanguageModel
 def start_accelerator() -> Accelerator:
     """Join the processes that torchrun or accelerate started, on a GPU each or on the CPU.
 
-    Mixed precision stays ours (``trainer.autocast``): Accelerate's rewrites the model's forward, and
-    sampling between steps would then differ from a loaded checkpoint's.
+    Mixed precision stays ours (``trainer.autocast``): Accelerate's rewrites the model's forward,
+    and sampling between steps would then differ from a loaded checkpoint's.
     """
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
