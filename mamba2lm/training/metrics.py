@@ -168,8 +168,8 @@ def plot_losses(metrics: Path, target: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = read_metrics(metrics)
-    train = [(r["tokens"], r["loss"]) for r in rows if r.get("loss") is not None]
-    held_out = [(r["tokens"], r["val_loss"]) for r in rows if r.get("val_loss") is not None]
+    train = [(r["tokens"] / 1e6, r["loss"]) for r in rows if r.get("loss") is not None]
+    held_out = [(r["tokens"] / 1e6, r["val_loss"]) for r in rows if r.get("val_loss") is not None]
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     if train:
         axis.plot(*zip(*train, strict=True), color="#7a9cc6", linewidth=1, label="training")
@@ -178,7 +178,7 @@ def plot_losses(metrics: Path, target: Path) -> None:
         bits = [r["val_bits_per_byte"] for r in rows if r.get("val_bits_per_byte") is not None]
         if bits:
             axis.set_title(f"held out: {bits[-1]:.3f} bits per byte", fontsize=10)
-    axis.set(xlabel="tokens", ylabel="loss, nats per token")
+    axis.set(xlabel="tokens, millions", ylabel="loss, nats per token")
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
     if train or held_out:
