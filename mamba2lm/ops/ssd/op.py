@@ -15,6 +15,7 @@ from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.skip_and_gate import skip_and_gate
 from mamba2lm.ops.ssd.cpu import ssd_chunked_cpu
+from mamba2lm.ops.ssd.launch import ssd_triton, unsupported
 from mamba2lm.ops.ssd.reference import ssd_chunked
 
 
@@ -96,6 +97,7 @@ def ssd(
         seq_idx: Document ids, (b, l); the state restarts from zero wherever the id changes.
         return_final_states: Whether to return the state after the last position too.
         chunk_size: Positions per chunk of the chunked algorithm; changes speed, not the result.
+            The Triton kernels choose their own.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -108,7 +110,6 @@ def ssd(
 
     Source: Dao & Gu 2024 (arXiv:2405.21060), section 6 and listing 1.
     """
-    chosen = choose_impl("ssd", impl, x, cpu=True)
     sizes: dict[str, int] = {}
     expect_shape("x", x, "b l h p", sizes)
     expect_shape("dt", dt, "b l h", sizes)
@@ -133,6 +134,32 @@ def ssd(
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
+
+    if impl == "triton" or (impl == "auto" and x.is_cuda):
+        reason = unsupported(x, B)
+        if reason is None:
+            with torch.autocast(x.device.type, enabled=False):
+                y_blhp, state_bhpn = ssd_triton(
+                    x,
+                    dt,
+                    A,
+                    B,
+                    C,
+                    D=D if D is not None and D.ndim == 1 else None,
+                    dt_bias=dt_bias,
+                    dt_softplus=dt_softplus,
+                    dt_limit=dt_limit,
+                    initial_states=initial_states,
+                    document=None if seq_idx is None else document_ordinals(seq_idx),
+                )
+                y_blhp = skip_and_gate(y_blhp, x, D if D is not None and D.ndim == 2 else None, z)
+            return (y_blhp, state_bhpn) if return_final_states else y_blhp
+        if impl == "triton":
+            raise ValueError(
+                f"ssd: impl='triton' was asked for, but no Triton kernel takes these inputs: "
+                f"{reason}; use impl='auto' or impl='reference'."
+            )
+    chosen = choose_impl("ssd", impl, x, cpu=True)
 
     with torch.autocast(x.device.type, enabled=False):
         delta_blh = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
