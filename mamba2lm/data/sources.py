@@ -6,36 +6,37 @@ out: `find_cut` says where, `split_documents` divides at that place.
 
 from __future__ import annotations
 
-import bz2
 import difflib
 import enum
 import glob
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import logging
-import lzma
 import os
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import Any, Final, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mamba2lm.schema import ConfigError, closest, from_mapping
+from mamba2lm.data.formats import (
+    FORMATS,
+    format_of,
+    known_suffixes,
+    read_file,
+    suffixes_of,
+    texts_of,
+)
+from mamba2lm.schema import ConfigError, from_mapping
 
 logger = logging.getLogger(__name__)
 
 CARRIED: Final = {"austen": Path(__file__).parent / "corpora" / "austen.txt.xz"}
-FORMATS: Final = (".txt", ".jsonl", ".json", ".parquet")
-COMPRESSIONS: Final = (".gz", ".xz", ".bz2", ".zst")
 
 # Documents of a source no larger than this stay in memory between the passes that measure, train
 # a tokenizer and tokenise; a larger source is read again for each.
@@ -202,7 +203,7 @@ class Source:
 
     def _read_hub(self) -> Iterator[str]:
         if not self.config.streaming:
-            return _texts(self._load_hub(), self.config.field, self.name, self.key)
+            return texts_of(self._load_hub(), self.config.field, self.name, self.key)
         # A stream is fetched once and kept as Parquet: it is read several times (to measure, to
         # train a tokenizer, to tokenise), and a second fetch could differ from the first.
         kept = self._cache / "streams" / f"{self.fingerprint()}.parquet"
@@ -213,7 +214,7 @@ class Source:
     def _keep_stream(self, kept: Path) -> None:
         field = self.config.field
         texts = itertools.islice(
-            (t for t in _texts(self._load_hub(), field, self.name, self.key) if t),
+            (t for t in texts_of(self._load_hub(), field, self.name, self.key) if t),
             self.config.max_documents,
         )
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -299,12 +300,14 @@ def find_files(path: str, key: str) -> list[Path]:
         return [CARRIED[path]]
     expanded = Path(path).expanduser()
     if expanded.is_file():
-        _format_of(expanded, key)
+        format_of(expanded, key)
         return [expanded]
     if expanded.is_dir():
-        files = sorted(p for p in expanded.rglob("*") if p.is_file() and _suffixes(p)[0] in FORMATS)
+        files = sorted(
+            p for p in expanded.rglob("*") if p.is_file() and suffixes_of(p)[0] in FORMATS
+        )
         if not files:
-            raise ConfigError(key, path, f"no {_known_suffixes()} file in this folder.")
+            raise ConfigError(key, path, f"no {known_suffixes()} file in this folder.")
         return files
     if glob.has_magic(path):
         files = sorted(
@@ -315,39 +318,9 @@ def find_files(path: str, key: str) -> list[Path]:
                 key, path, f"this pattern matches no file (working folder: {Path.cwd()})."
             )
         for file in files:
-            _format_of(file, key)
+            format_of(file, key)
         return files
     raise ConfigError(key, path, f"no such file or folder.{_nearest(expanded)}")
-
-
-def read_file(path: Path, field: str, key: str) -> Iterator[str]:
-    """Yield the documents of one file; a text file is one document.
-
-    Args:
-        path: A `.txt`, `.jsonl`, `.json` (one object a line) or `.parquet` file, each also
-            compressed as `.gz`, `.xz`, `.bz2` or `.zst`.
-        field: The field that holds the text in JSON lines and Parquet.
-        key: The source's config key, for error messages.
-
-    Raises:
-        ConfigError: The file is damaged, not UTF-8, not JSON, or lacks the field.
-    """
-    kind, compression = _format_of(path, f"{key}.path")
-    try:
-        with _open(path, compression) as stream:
-            if kind == ".txt":
-                yield _decode(stream.read(), path, 0, key).removeprefix("\ufeff")
-            elif kind == ".parquet":
-                yield from _read_parquet(stream, path, field, key)
-            else:
-                yield from _read_json_lines(stream, path, field, key)
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, pa.ArrowInvalid) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ConfigError(
-            f"{key}.path", str(path), f"the file is damaged or not what its name says: {reason}."
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"{key}.path", str(path), f"cannot be read: {error}.") from error
 
 
 def find_cut(source: Source, fraction: float) -> Cut:
@@ -413,117 +386,6 @@ def _boundary(text: str, target_bytes: int) -> int:
             target_bytes = found + len(mark)
             break
     return len(raw[:target_bytes].decode(errors="ignore"))
-
-
-def _read_json_lines(stream: IO[bytes], path: Path, field: str, key: str) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(stream, start=1):
-        text = _decode(line, path, offset, key)
-        offset += len(line)
-        if number == 1:
-            text = text.removeprefix("\ufeff")
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(
-                f"{key}.path",
-                str(path),
-                f"{path.name}:{number} is not JSON ({error}); one object a line is expected.",
-            ) from error
-        if not isinstance(row, dict):
-            raise ConfigError(
-                f"{key}.path",
-                str(path),
-                f"{path.name}:{number} holds a JSON {type(row).__name__}; "
-                "one object a line is expected.",
-            )
-        yield _field_of(row, field, f"{path.name}:{number}", key)
-
-
-def _read_parquet(stream: IO[bytes], path: Path, field: str, key: str) -> Iterator[str]:
-    file = pq.ParquetFile(pa.PythonFile(stream, mode="r"))
-    if field not in file.schema_arrow.names:
-        raise _missing_field(field, file.schema_arrow.names, path.name, key)
-    row = 0
-    for batch in file.iter_batches(columns=[field], batch_size=1024):
-        for text in batch.column(0).to_pylist():
-            row += 1
-            yield _field_of({field: text}, field, f"{path.name}, row {row}", key)
-
-
-def _texts(rows: Iterable[Mapping[str, Any]], field: str, name: str, key: str) -> Iterator[str]:
-    for number, row in enumerate(rows, start=1):
-        yield _field_of(row, field, f"{name}, row {number}", key)
-
-
-def _field_of(row: Mapping[str, Any], field: str, where: str, key: str) -> str:
-    if field not in row:
-        raise _missing_field(field, list(row), where, key)
-    text = row[field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ConfigError(
-            f"{key}.field",
-            field,
-            f"{where} holds a {type(text).__name__} there, not a text.",
-        )
-    return text
-
-
-def _missing_field(field: str, found: list[str], where: str, key: str) -> ConfigError:
-    return ConfigError(
-        f"{key}.field",
-        field,
-        f"{where} has no such field.{closest(field, found)} It has: {', '.join(found) or 'none'}.",
-    )
-
-
-def _decode(raw: bytes, path: Path, offset: int, key: str) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{key}.path",
-            str(path),
-            f"not UTF-8: byte {raw[error.start]:#04x} at offset {offset + error.start}. Convert "
-            "it first, for example with `iconv -f LATIN1 -t UTF-8`.",
-        ) from error
-
-
-def _open(path: Path, compression: str) -> IO[bytes]:
-    if compression == ".gz":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
-    if compression == ".xz":
-        return lzma.open(path, "rb")
-    if compression == ".bz2":
-        return bz2.open(path, "rb")
-    if compression == ".zst":
-        # The standard library reads Zstandard only from Python 3.14 on.
-        with pa.input_stream(str(path), compression="zstd") as stream:
-            return io.BytesIO(stream.read())
-    return path.open("rb")
-
-
-def _suffixes(path: Path) -> tuple[str, str]:
-    """Return the format's and the compression's suffix, in lower case, each perhaps empty."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSIONS:
-        return path.with_suffix("").suffix.lower(), suffix
-    return suffix, ""
-
-
-def _format_of(path: Path, key: str) -> tuple[str, str]:
-    kind, compression = _suffixes(path)
-    if kind not in FORMATS:
-        raise ConfigError(key, str(path), f"cannot read this kind of file; {_known_suffixes()}.")
-    return kind, compression
-
-
-def _known_suffixes() -> str:
-    return f"{', '.join(FORMATS)} (plain or {', '.join(COMPRESSIONS)})"
 
 
 def _nearest(path: Path) -> str:
