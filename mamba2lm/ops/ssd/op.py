@@ -98,7 +98,8 @@ def ssd(
         return_final_states: Whether to return the state after the last position too.
         chunk_size: Positions per chunk of the chunked algorithm; changes speed, not the result.
             The Triton kernels choose their own.
-        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``. The kernels have to be asked for:
+            ``auto`` does not take them before every configuration is checked on a GPU.
 
     Returns:
         y (b, l, h, p) in the dtype of x; with ``return_final_states`` also the final states
@@ -135,7 +136,7 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
 
-    if impl == "triton" or (impl == "auto" and x.is_cuda):
+    if impl == "triton":
         reason = unsupported(x, B)
         if reason is None:
             with torch.autocast(x.device.type, enabled=False):
@@ -154,11 +155,10 @@ def ssd(
                 )
                 y_blhp = skip_and_gate(y_blhp, x, D if D is not None and D.ndim == 2 else None, z)
             return (y_blhp, state_bhpn) if return_final_states else y_blhp
-        if impl == "triton":
-            raise ValueError(
-                f"ssd: impl='triton' was asked for, but no Triton kernel takes these inputs: "
-                f"{reason}; use impl='auto' or impl='reference'."
-            )
+        raise ValueError(
+            f"ssd: impl='triton' was asked for, but no Triton kernel takes these inputs: "
+            f"{reason}; use impl='auto' or impl='reference'."
+        )
     chosen = choose_impl("ssd", impl, x, cpu=True)
 
     with torch.autocast(x.device.type, enabled=False):

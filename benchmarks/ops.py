@@ -1,0 +1,441 @@
+"""Check, time and tune the SSD's GPU kernels, side by side with mamba-ssm when it is installed.
+
+    python -m benchmarks.ops check                    every configuration against float64
+    python -m benchmarks.ops time --out results.json  forward and backward, kernels and wall
+    python -m benchmarks.ops tune --out tuning.json   one kernel after another over its blocks
+
+Nothing is timed that was not found correct in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba2lm.ops.discretisation import step_sizes
+from mamba2lm.ops.documents import document_ordinals
+from mamba2lm.ops.ssd.launch import (
+    Blocks,
+    Config,
+    choose_config,
+    override_config,
+    ssd_triton,
+    tuned_file,
+)
+from mamba2lm.ops.ssd.reference import ssd_chunked
+
+COPY_BANDWIDTH = 3.0e12
+"""Bytes a second that a copy moves on the H100 of these figures (read plus written)."""
+
+MATRIX_RATE = 6.9e14
+"""Floating-point operations a second of a large bf16 product there."""
+
+HALF_LIMIT = 1.2
+"""A kernel may lose this much more than PyTorch in the same dtype."""
+
+FLOAT_LIMIT = 3e-5
+"""Relative error allowed in float32."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem size: batch, length, heads, head dim, groups, state."""
+
+    name: str
+    b: int
+    length: int
+    h: int
+    p: int = 64
+    g: int = 1
+    n: int = 128
+
+
+SHAPES = (
+    Shape("S*", 8, 4096, 80),
+    Shape("B1 L8192 H80", 1, 8192, 80),
+    Shape("B1 L2048 H80", 1, 2048, 80),
+    Shape("B8 L2048 H24", 8, 2048, 24),
+    Shape("B1 L65536 H64", 1, 65536, 64),
+    Shape("S* N64", 8, 4096, 80, n=64),
+    Shape("S* N256", 8, 4096, 80, n=256),
+    Shape("S* G8", 8, 4096, 80, g=8),
+)
+
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states")
+
+
+def draw(
+    shape: Shape, dtype: torch.dtype, *, seed: int = 0, initial: bool = True, decay: float = 1.0
+) -> dict[str, Tensor]:
+    """Draw inputs like a layer's: x, B and C are slices of one projection."""
+    torch.manual_seed(seed)
+    b, length, h, p, g, n = shape.b, shape.length, shape.h, shape.p, shape.g, shape.n
+    device = "cuda"
+    fused = torch.randn(b, length, h * p + 2 * g * n, device=device).to(dtype)
+    x, B, C = fused.split([h * p, g * n, g * n], dim=-1)
+    drawn = {
+        "x": x.view(b, length, h, p),
+        "dt": torch.randn(b, length, h, device=device).to(dtype),
+        "A": -decay * (1 + 15 * torch.rand(h, device=device)),
+        "B": B.view(b, length, g, n),
+        "C": C.view(b, length, g, n),
+        "D": torch.randn(h, device=device),
+        "dt_bias": torch.rand(h, device=device) * 4.6 - 6.9,
+    }
+    if initial:
+        drawn["initial_states"] = torch.randn(b, h, p, n, device=device)
+    return drawn
+
+
+def reference(inputs: dict[str, Tensor], document: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the SSD in plain PyTorch, in the dtype of the inputs."""
+    x, D = inputs["x"], inputs["D"]
+    delta = step_sizes(inputs["dt"], dt_bias=inputs["dt_bias"], dt_softplus=True)
+    y, state = ssd_chunked(
+        (x * delta.unsqueeze(-1)).to(x.dtype),
+        delta * inputs["A"].to(delta.dtype),
+        inputs["B"],
+        inputs["C"],
+        initial_states_bhpn=inputs.get("initial_states"),
+        document_bl=document,
+    )
+    return torch.addcmul(y, x, D.unsqueeze(-1).to(y.dtype)), state
+
+
+def kernel(inputs: dict[str, Tensor], document: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the SSD with the Triton kernels."""
+    return ssd_triton(**inputs, dt_softplus=True, document=document)
+
+
+def with_gradients(
+    function: Callable[..., tuple[Tensor, Tensor]],
+    inputs: dict[str, Tensor],
+    document: Tensor | None,
+    gradients: tuple[Tensor, Tensor],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Return outputs and all gradients, the inputs cast to a dtype first if one is given."""
+    leaves = {
+        name: (value if dtype is None else value.to(dtype)).detach().requires_grad_()
+        for name, value in inputs.items()
+    }
+    y, state = function(leaves, document)
+    dy, dstate = (g.to(o.dtype) for g, o in zip(gradients, (y, state), strict=True))
+    found = torch.autograd.grad([y, state], list(leaves.values()), [dy, dstate])
+    named = {f"d{name}": value for name, value in zip(leaves, found, strict=True)}
+    return {"y": y.detach(), "state": state.detach(), **named}
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the relative error, in norm, of every result."""
+    return {
+        name: ((found[name].double() - value).norm() / value.norm().clamp(min=1e-300)).item()
+        for name, value in exact.items()
+    }
+
+
+def documents(shape: Shape, *, mean: int) -> Tensor:
+    """Draw document ordinals with boundaries every ``mean`` positions on average."""
+    torch.manual_seed(1)
+    ids = (torch.rand(shape.b, shape.length, device="cuda") < 1 / mean).cumsum(1) % 3
+    return document_ordinals(ids)
+
+
+def poison() -> None:
+    """Fill free memory with NaN, so that what a kernel forgets to write shows."""
+    blocks = [torch.full((1 << 27,), float("nan"), device="cuda") for _ in range(4)]
+    small = [torch.full((1 << k,), float("nan"), device="cuda") for k in range(8, 22)]
+    del blocks, small
+
+
+def check(
+    shape: Shape, dtype: torch.dtype, *, packed: int = 0, decay: float = 1.0, initial: bool = True
+) -> dict[str, Any]:
+    """Compare outputs and gradients with float64, twice, and say whether they are good enough."""
+    inputs = draw(shape, dtype, decay=decay, initial=initial)
+    document = documents(shape, mean=packed) if packed else None
+    torch.manual_seed(2)
+    gradients = (
+        torch.randn(inputs["x"].shape, device="cuda").to(dtype),
+        torch.randn(shape.b, shape.h, shape.p, shape.n, device="cuda"),
+    )
+    exact = with_gradients(reference, inputs, document, gradients, torch.float64)
+    poison()
+    found = with_gradients(kernel, inputs, document, gradients)
+    poison()
+    again = with_gradients(kernel, inputs, document, gradients)
+    identical = all(torch.equal(found[name], again[name]) for name in found)
+    measured = errors(found, exact)
+    if dtype == torch.float32:
+        limits = dict.fromkeys(measured, FLOAT_LIMIT)
+    else:
+        plain = errors(with_gradients(reference, inputs, document, gradients), exact)
+        limits = {name: HALF_LIMIT * max(value, 1e-6) for name, value in plain.items()}
+    bad = {n: (e, limits[n]) for n, e in measured.items() if not e <= limits[n]}
+    return {
+        "shape": dataclasses.astuple(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "packed": packed,
+        "decay": decay,
+        "identical": identical,
+        "errors": measured,
+        "limits": limits,
+        "bad": bad,
+        "ok": identical and not bad,
+    }
+
+
+def wall(function: Callable[[], object], *, seconds: float = 0.4) -> dict[str, float]:
+    """Time calls one after another, as a program makes them, in milliseconds."""
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    repeats = max(5, min(200, int(seconds / 5 / (time.perf_counter() - begin))))
+    samples = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+        samples.append((time.perf_counter() - begin) / repeats * 1e3)
+    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
+
+
+def kernel_times(function: Callable[[], object], *, repeats: int = 10) -> dict[str, float]:
+    """Return milliseconds per call spent in each GPU kernel."""
+    for _ in range(2):
+        function()
+    torch.cuda.synchronize()
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with torch.profiler.profile(activities=[activity]) as profile:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize()
+    return {
+        event.key: event.self_device_time_total / repeats / 1e3
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    }
+
+
+def passes(
+    function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], dy: Tensor
+) -> dict[str, Callable[[], object]]:
+    """Return the forward pass alone and both passes as callables without arguments."""
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(inputs)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(leaves), list(leaves.values()), dy)
+
+    return {"forward": forward, "both": both}
+
+
+def ours(inputs: dict[str, Tensor]) -> Tensor:
+    """Call the kernels as a layer in training does."""
+    return kernel(inputs, None)[0]
+
+
+def peer(chunk_size: int) -> Callable[[dict[str, Tensor]], Tensor] | None:
+    """Return mamba-ssm's SSD as a function of the same inputs, or None if it is missing."""
+    if "mamba_ssm" not in sys.modules:
+        spec = importlib.util.find_spec("mamba_ssm")
+        if spec is None:
+            return None
+        # The package's own __init__ imports compiled extensions that its SSD does not need.
+        package = types.ModuleType("mamba_ssm")
+        package.__path__ = list(spec.submodule_search_locations or [])
+        sys.modules["mamba_ssm"] = package
+    from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
+        mamba_chunk_scan_combined,
+    )
+
+    def call(inputs: dict[str, Tensor]) -> Tensor:
+        tensors = dict(inputs)
+        positional = [tensors.pop(name) for name in ("x", "dt", "A", "B", "C")]
+        return mamba_chunk_scan_combined(*positional, chunk_size, dt_softplus=True, **tensors)
+
+    return call
+
+
+def roofline(shape: Shape, *, backward: bool) -> float:
+    """Return the least milliseconds one pass can take: bytes or operations, the larger."""
+    tokens = shape.b * shape.length
+    hp, gn = shape.h * shape.p, shape.g * shape.n
+    q = 64
+    operations = tokens * (q * gn + q * hp + 4 * hp * shape.n)
+    moved = tokens * (4 * hp + 4 * gn + 2 * shape.h)
+    if backward:
+        operations = tokens * (3 * q * gn + 2 * q * hp + 10 * hp * shape.n)
+        moved = tokens * (6 * hp + 8 * gn + 4 * shape.h)
+    return max(operations / MATRIX_RATE, moved / COPY_BANDWIDTH) * 1e3
+
+
+def time_shape(shape: Shape, peer_chunks: Iterable[int]) -> dict[str, Any]:
+    """Time both passes of ours and of the peer at its chunk sizes, in one process."""
+    inputs = draw(shape, torch.bfloat16, initial=False)
+    dy = torch.randn(inputs["x"].shape, device="cuda", dtype=torch.bfloat16)
+    floor = {"forward": roofline(shape, backward=False)}
+    floor["both"] = floor["forward"] + roofline(shape, backward=True)
+    row: dict[str, Any] = {"shape": dataclasses.asdict(shape), "floor": floor}
+    contenders: dict[str, Callable[[dict[str, Tensor]], Tensor] | None] = {"ours": ours}
+    contenders |= {f"peer{q}": peer(q) for q in peer_chunks}
+    for name, function in contenders.items():
+        if function is None:
+            continue
+        row[name] = {}
+        for which, run in passes(function, inputs, dy).items():
+            kernels = kernel_times(run)
+            row[name][which] = {
+                "kernels_ms": sum(kernels.values()),
+                "wall_ms": wall(run),
+                "by_kernel_ms": kernels,
+            }
+    return row
+
+
+def table(row: dict[str, Any]) -> str:
+    """Format one row of times."""
+    lines = []
+    peers = [row[name] for name in row if name.startswith("peer")]
+    for which in ("forward", "both"):
+        mine = row["ours"][which]
+        text = f"{row['shape']['name']:15s} {which:8s}"
+        text += f" kernels {mine['kernels_ms']:7.3f} wall {mine['wall_ms']['median']:7.3f} ms"
+        text += f" ({100 * row['floor'][which] / mine['kernels_ms']:3.0f}% of roofline)"
+        if peers:
+            kernels = min(other[which]["kernels_ms"] for other in peers)
+            walls = min(other[which]["wall_ms"]["median"] for other in peers)
+            text += f" | peer {kernels:7.3f} / {walls:7.3f}"
+            text += f" | {kernels / mine['kernels_ms']:5.2f}x / "
+            text += f"{walls / mine['wall_ms']['median']:5.2f}x"
+        lines.append(text)
+    return "\n".join(lines)
+
+
+KERNELS = {
+    "fused": "fused_kernel",
+    "states": "states_kernel",
+    "scan": "scan_kernel",
+    "through": "through_states_kernel",
+    "within": "within_kernel",
+}
+
+
+def candidates(kernel_name: str, base: Config) -> list[Config]:
+    """List what tuning tries for one kernel."""
+    walks = kernel_name in ("fused", "states")
+    return [
+        dataclasses.replace(base, **{kernel_name: Blocks(w, s, p, n, k)})
+        for p in ((32, 64) if walks else (64,))
+        for n in ((64, 128) if kernel_name == "states" else (128,))
+        for w in (4, 8)
+        for s in (1, 2, 3, 4)
+        for k in ((528, 1056, 4224) if not walks else (528,))
+    ]
+
+
+def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[str, Any]]:
+    """Time one kernel under many configurations, fastest first."""
+    inputs = draw(shape, torch.bfloat16, initial=False)
+    dy = torch.randn(inputs["x"].shape, device="cuda", dtype=torch.bfloat16)
+    which = "forward" if kernel_name in ("fused", "scan") else "both"
+    run = passes(ours, inputs, dy)[which]
+    found = []
+    for config in tried:
+        override_config(config)
+        entry: dict[str, Any] = {"blocks": dataclasses.asdict(getattr(config, kernel_name))}
+        try:
+            entry["ms"] = kernel_times(run, repeats=3)[KERNELS[kernel_name]]
+        except Exception as error:  # what does not compile or fit is a result, recorded as one
+            entry["ms"], entry["error"] = float("inf"), f"{type(error).__name__}: {error}"[:200]
+        found.append(entry)
+    override_config(None)
+    return sorted(found, key=lambda entry: entry["ms"])
+
+
+def environment() -> dict[str, str]:
+    """Describe the machine."""
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+    }
+
+
+def shipped_configs() -> list[Config]:
+    """Return every configuration that this GPU's tuned file can pick, for 16-bit dtypes."""
+    from mamba2lm.ops.ssd.launch import parse_config
+
+    entries = tuned_file(torch.cuda.get_device_capability()[0])
+    return [parse_config(entry["use"]) for entry in entries]
+
+
+def main() -> int:
+    """Run one command and write its results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["check", "time", "tune"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--shapes", nargs="*", help="names of shapes; default all")
+    parser.add_argument("--kernels", nargs="*", default=list(KERNELS))
+    parser.add_argument("--peer-chunks", nargs="*", type=int, default=[128, 256])
+    arguments = parser.parse_args()
+    shapes = [s for s in SHAPES if not arguments.shapes or s.name in arguments.shapes]
+    results: dict[str, Any] = {"environment": environment(), "rows": []}
+    failed = False
+    for shape in shapes:
+        small = dataclasses.replace(shape, b=1, length=1000, h=max(8, shape.g))
+        config = choose_config(
+            torch.cuda.get_device_capability()[0], bits=16, rows=shape.b * shape.h, n=shape.n
+        )
+        override_config(config)
+        checked = check(small, torch.bfloat16, packed=300)
+        override_config(None)
+        if not checked["ok"]:
+            failed = True
+            sys.stdout.write(f"{shape.name}: WRONG {checked['bad']}\n")
+            results["rows"].append(checked)
+            continue
+        if arguments.command == "check":
+            results["rows"].append(checked)
+        elif arguments.command == "time":
+            row = time_shape(shape, arguments.peer_chunks)
+            results["rows"].append({**row, "errors": checked["errors"]})
+            sys.stdout.write(table(row) + "\n")
+        else:
+            for name in arguments.kernels:
+                base = config if name == "fused" else dataclasses.replace(config, fused=None)
+                found = tune(shape, name, candidates(name, base))
+                results["rows"].append({"shape": shape.name, "kernel": name, "found": found})
+                for entry in found[:4]:
+                    sys.stdout.write(f"{shape.name} {name} {json.dumps(entry)}\n")
+        sys.stdout.flush()
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

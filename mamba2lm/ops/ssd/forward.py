@@ -1,0 +1,324 @@
+"""Triton kernels of the SSD's forward pass (and of everything that both passes share).
+
+With Δ the step sizes, cum the inclusive sum of Δ A log₂e inside a chunk, S the state that enters
+the chunk and L_ts = 2^(cum_t - cum_s) for s ≤ t, a chunk of q positions computes
+
+    y_t  = Σ_s (C_t·B_s) L_ts Δ_s x_s  +  2^cum_t S C_t  +  D x_t
+    S'   = 2^total S  +  Σ_s 2^(total - cum_s) Δ_s x_s B_sᵀ
+
+Two schedules compute it. *Fused*: one program walks all chunks of one head with S in registers, and
+nothing but the outputs reaches memory; it needs many heads to fill a GPU. *Chunked*:
+``states_kernel`` walks the chunks for the sake of the states alone and writes the one that enters
+each chunk; ``scan_kernel`` then treats all chunks at once.
+
+Decays are exponentials of differences taken where they are at most zero, masked before the
+exponential; a document boundary makes a decay 0 by comparing document ordinals.
+
+Letters: b batch, l length, h heads, p head dim, g groups, n state, c chunks, q position in chunk
+(t as a target, s as a source). ``…_l`` and the like name the stride of that axis.
+
+    name       shape            what
+    delta      (b, h, c·q)      Δ, float32, 0 in the padding
+    cum        (b, h, c·q)      cumulative log₂ decay inside a chunk, float32
+    document   (b, c·q)         document ordinals, int32; padding continues the last
+    states     (b, c, h, p, n)  state entering each chunk, in the compute dtype
+"""
+
+# Triton compiles the bodies below; the types of Python are not the types of its language.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Kernels that mask a product of matrices once, outside a loop, bound the exponents that the mask
+# hides: 2^64 times anything reasonable is finite, and no allowed exponent of a decay is positive.
+MAX_GROWTH = tl.constexpr(64.0)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + eᵛ) with full relative precision at both ends (Kahan's correction of log(1 + e))."""
+    e = tl.exp(-tl.abs(v))
+    u = 1.0 + e
+    exact = u == 1.0
+    log1p = tl.where(exact, e, tl.log(u) * (e / tl.where(exact, 1.0, u - 1.0)))
+    return tl.maximum(v, 0.0) + log1p
+
+
+@triton.jit
+def steps_kernel(
+    dt_ptr, bias_ptr, A_ptr, delta_ptr, cum_ptr,
+    dt_b, dt_l, dt_h, length, heads, chunks, low, high,
+    HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
+    Q: tl.constexpr, HEAD_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn raw step sizes into Δ and the chunk-wise cumulative log₂ decay, heads before length."""
+    c = tl.program_id(0)
+    b = tl.cast(tl.program_id(1), tl.int64)
+    q = tl.arange(0, Q)
+    h = tl.program_id(2) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    position = c * Q + q
+    valid = (position < length)[:, None] & (h < heads)[None, :]
+    base = dt_ptr + b * dt_b + tl.cast(c, tl.int64) * Q * dt_l
+    v = tl.load(base + q[:, None] * dt_l + h[None, :] * dt_h, mask=valid, other=0.0)
+    v = v.to(tl.float32)
+    A = tl.load(A_ptr + h, mask=h < heads, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        v += tl.load(bias_ptr + h, mask=h < heads, other=0.0).to(tl.float32)[None, :]
+    if SOFTPLUS:
+        v = softplus(v)
+    if CLAMP:
+        v = tl.minimum(tl.maximum(v, low), high)
+    delta = tl.where(valid, v, 0.0)
+    cum = tl.cumsum(delta * (A * 1.4426950408889634)[None, :], axis=0)
+    out = (b * heads + h[None, :]) * (chunks * Q) + position[:, None]
+    tl.store(delta_ptr + out, delta, mask=(h < heads)[None, :])
+    tl.store(cum_ptr + out, cum, mask=(h < heads)[None, :])
+
+
+@triton.jit
+def chunk_decays(
+    cum_ptr, delta_ptr, document_ptr, start, total,
+    HAS_DOCUMENTS: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
+    """Load cum and Δ of a chunk and form the decays from its start, to its end and across it.
+
+    ``total`` is the last cum, which loops load one turn early: nothing else hides its latency.
+    """
+    q = tl.arange(0, Q)
+    cum = tl.load(cum_ptr + start + q)
+    delta = tl.load(delta_ptr + start + q)
+    from_start = tl.exp2(cum)
+    to_end = tl.exp2(total - cum)
+    across = tl.exp2(total)
+    if HAS_DOCUMENTS:
+        document = tl.load(document_ptr + start + q)
+        before = tl.load(document_ptr + tl.maximum(start - 1, 0))
+        last = tl.load(document_ptr + start + Q - 1)
+        from_start = tl.where(document == before, from_start, 0.0)
+        to_end = tl.where(document == last, to_end, 0.0)
+        across = tl.where(before == last, across, 0.0)
+    return cum, delta, from_start, to_end, across
+
+
+@triton.jit
+def causal_mask(document_ptr, start, HAS_DOCUMENTS: tl.constexpr, Q: tl.constexpr):
+    """Return (q target, q source): whether the source is not later and of the same document."""
+    t = tl.arange(0, Q)
+    allowed = t[:, None] >= t[None, :]
+    if HAS_DOCUMENTS:
+        document = tl.load(document_ptr + start + t)
+        allowed = allowed & (document[:, None] == document[None, :])
+    return allowed
+
+
+@triton.jit
+def fused_kernel(
+    x_ptr, B_ptr, C_ptr, delta_ptr, cum_ptr, D_ptr, document_ptr, initial_ptr, y_ptr, final_ptr,
+    x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, y_b, y_l, y_h,
+    length, heads, chunks, heads_per_group,
+    HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, P_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk the chunks of one head, the state (a block of p rows) staying in registers."""
+    P_BLOCKS: tl.constexpr = P // P_BLOCK
+    pid = tl.program_id(0)
+    row = tl.cast(pid // P_BLOCKS, tl.int64)  # batch and head
+    b = row // heads
+    h = row % heads
+    g = h // heads_per_group
+    q = tl.arange(0, Q)
+    n = tl.arange(0, N)
+    p = (pid % P_BLOCKS) * P_BLOCK + tl.arange(0, P_BLOCK)
+    dtype = x_ptr.dtype.element_ty
+    cum_ptr += row * chunks * Q
+    delta_ptr += row * chunks * Q
+    document_ptr += b * chunks * Q
+    x_ptr += b * x_b + h * x_h
+    y_ptr += b * y_b + h * y_h
+    B_ptr += b * B_b + g * B_g
+    C_ptr += b * C_b + g * C_g
+    state_offsets = row * P * N + p[:, None] * N + n[None, :]
+    if HAS_INITIAL:
+        state = tl.load(initial_ptr + state_offsets).to(tl.float32)
+    else:
+        state = tl.zeros((P_BLOCK, N), tl.float32)
+    if HAS_D:
+        D = tl.load(D_ptr + h).to(tl.float32)
+    total = tl.load(cum_ptr + Q - 1)
+    for c in range(0, chunks):
+        start = c * Q
+        wide = tl.cast(start, tl.int64)
+        inside = (start + q < length)[:, None]
+        next_total = tl.load(cum_ptr + tl.minimum(c + 1, chunks - 1) * Q + Q - 1)
+        C_chunk = C_ptr + wide * C_l
+        C = tl.load(C_chunk + (q[:, None] * C_l + n[None, :]), mask=inside, other=0.0)
+        B_chunk = B_ptr + wide * B_l
+        B = tl.load(B_chunk + (q[:, None] * B_l + n[None, :]), mask=inside, other=0.0)
+        x_chunk = x_ptr + wide * x_l
+        x = tl.load(x_chunk + (q[:, None] * x_l + p[None, :]), mask=inside, other=0.0)
+        cum, delta, from_start, to_end, across = chunk_decays(
+            cum_ptr, delta_ptr, document_ptr, start, total, HAS_DOCUMENTS, Q
+        )
+        total = next_total
+        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+        allowed = causal_mask(document_ptr, start, HAS_DOCUMENTS, Q)
+        exponent = tl.where(allowed, cum[:, None] - cum[None, :], float("-inf"))
+        M = scores * tl.exp2(exponent) * delta[None, :]
+        y = tl.dot(C, tl.trans(state.to(dtype)), input_precision=PRECISION) * from_start[:, None]
+        y = tl.dot(M.to(dtype), x, y, input_precision=PRECISION)
+        wx = (x.to(tl.float32) * (to_end * delta)[:, None]).to(dtype)
+        state = tl.dot(tl.trans(wx), B, state * across, input_precision=PRECISION)
+        if HAS_D:
+            y += D * x.to(tl.float32)
+        y_chunk = y_ptr + wide * y_l
+        y_offsets = q[:, None] * y_l + p[None, :]
+        tl.store(y_chunk + y_offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(final_ptr + state_offsets, state)
+
+
+@triton.jit
+def pass_states(
+    value_ptrs, value_l, key_ptrs, key_l, states_ptrs, states_c, cum_ptr, delta_ptr, document_ptr,
+    state, length, chunks,
+    REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk the chunks for the state alone, storing it before each chunk; return the last one.
+
+    Forwards the values are x and the keys B; in reverse they are dy and C, and what is passed is
+    the gradient of the state that leaves a chunk.
+    """
+    q = tl.arange(0, Q)
+    dtype = states_ptrs.dtype.element_ty
+    total = tl.load(cum_ptr + (chunks * Q - 1 if REVERSE else Q - 1))
+    for i in range(0, chunks):
+        c = chunks - 1 - i if REVERSE else i
+        start = c * Q
+        after = tl.maximum(c - 1, 0) if REVERSE else tl.minimum(c + 1, chunks - 1)
+        next_total = tl.load(cum_ptr + after * Q + Q - 1)
+        wide = tl.cast(start, tl.int64)
+        inside = (start + q < length)[:, None]
+        value = tl.load(value_ptrs + wide * value_l, mask=inside, other=0.0)
+        key = tl.load(key_ptrs + wide * key_l, mask=inside, other=0.0)
+        tl.store(states_ptrs + tl.cast(c, tl.int64) * states_c, state.to(dtype))
+        _, delta, from_start, to_end, across = chunk_decays(
+            cum_ptr, delta_ptr, document_ptr, start, total, HAS_DOCUMENTS, Q
+        )
+        total = next_total
+        weight = from_start if REVERSE else to_end * delta
+        weighted = (value.to(tl.float32) * weight[:, None]).to(dtype)
+        state = tl.dot(tl.trans(weighted), key, state * across, input_precision=PRECISION)
+    return state
+
+
+@triton.jit
+def states_kernel(
+    x_ptr, B_ptr, dy_ptr, C_ptr, delta_ptr, cum_ptr, document_ptr,
+    initial_ptr, dfinal_ptr, states_ptr, dstates_ptr, final_ptr, dinitial_ptr,
+    x_b, x_l, x_h, B_b, B_l, B_g, dy_b, dy_l, dy_h, C_b, C_l, C_g,
+    length, heads, chunks, heads_per_group,
+    BACKWARD: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    P_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the state entering every chunk; with BACKWARD also the gradient of each one leaving.
+
+    A program owns a (p, n) block of one head's state and one direction (program axis 1).
+    """
+    P_BLOCKS: tl.constexpr = P // P_BLOCK
+    N_BLOCKS: tl.constexpr = N // N_BLOCK
+    pid = tl.program_id(0)
+    row = tl.cast(pid // (P_BLOCKS * N_BLOCKS), tl.int64)
+    b = row // heads
+    h = row % heads
+    g = h // heads_per_group
+    q = tl.arange(0, Q)
+    p = (pid // N_BLOCKS % P_BLOCKS) * P_BLOCK + tl.arange(0, P_BLOCK)
+    n = (pid % N_BLOCKS) * N_BLOCK + tl.arange(0, N_BLOCK)
+    cum_ptr += row * chunks * Q
+    delta_ptr += row * chunks * Q
+    document_ptr += b * chunks * Q
+    block = p[:, None] * N + n[None, :]
+    states_offset = b * chunks * heads * P * N + h * P * N
+    states_c = tl.cast(heads, tl.int64) * P * N
+    reverse = tl.program_id(1) == 1 if BACKWARD else False
+    if reverse:
+        if HAS_DFINAL:
+            state = tl.load(dfinal_ptr + row * P * N + block).to(tl.float32)
+        else:
+            state = tl.zeros((P_BLOCK, N_BLOCK), tl.float32)
+        state = pass_states(
+            dy_ptr + b * dy_b + h * dy_h + q[:, None] * dy_l + p[None, :], dy_l,
+            C_ptr + b * C_b + g * C_g + q[:, None] * C_l + n[None, :], C_l,
+            dstates_ptr + states_offset + block, states_c, cum_ptr, delta_ptr, document_ptr,
+            state, length, chunks, True, HAS_DOCUMENTS, Q, PRECISION,
+        )  # fmt: skip
+        if HAS_INITIAL:
+            tl.store(dinitial_ptr + row * P * N + block, state)
+    else:
+        if HAS_INITIAL:
+            state = tl.load(initial_ptr + row * P * N + block).to(tl.float32)
+        else:
+            state = tl.zeros((P_BLOCK, N_BLOCK), tl.float32)
+        state = pass_states(
+            x_ptr + b * x_b + h * x_h + q[:, None] * x_l + p[None, :], x_l,
+            B_ptr + b * B_b + g * B_g + q[:, None] * B_l + n[None, :], B_l,
+            states_ptr + states_offset + block, states_c, cum_ptr, delta_ptr, document_ptr,
+            state, length, chunks, False, HAS_DOCUMENTS, Q, PRECISION,
+        )  # fmt: skip
+        if not BACKWARD:
+            tl.store(final_ptr + row * P * N + block, state)
+
+
+@triton.jit
+def scan_kernel(
+    x_ptr, B_ptr, C_ptr, delta_ptr, cum_ptr, D_ptr, document_ptr, states_ptr, y_ptr,
+    x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, y_b, y_l, y_h,
+    length, heads, chunks, heads_per_group, head_block,
+    HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the outputs of one chunk for a block of heads of one group."""
+    first = tl.program_id(0) * head_block
+    c = tl.program_id(1)
+    b = tl.cast(tl.program_id(2), tl.int64)
+    g = first // heads_per_group
+    start = c * Q
+    wide = tl.cast(start, tl.int64)
+    q = tl.arange(0, Q)
+    p = tl.arange(0, P)
+    n = tl.arange(0, N)
+    inside = (start + q < length)[:, None]
+    dtype = x_ptr.dtype.element_ty
+    document_ptr += b * chunks * Q
+    B_base = B_ptr + b * B_b + g * B_g + wide * B_l
+    C_base = C_ptr + b * C_b + g * C_g + wide * C_l
+    B = tl.load(B_base + (q[:, None] * B_l + n[None, :]), mask=inside, other=0.0)
+    C = tl.load(C_base + (q[:, None] * C_l + n[None, :]), mask=inside, other=0.0)
+    scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+    scores = tl.where(causal_mask(document_ptr, start, HAS_DOCUMENTS, Q), scores, 0.0)
+    for h in range(first, first + head_block):
+        row = b * heads + h
+        states = states_ptr + ((b * chunks + c) * heads + h) * P * N
+        state = tl.load(states + (p[:, None] * N + n[None, :]))
+        x_base = x_ptr + b * x_b + wide * x_l + tl.cast(h, tl.int64) * x_h
+        x = tl.load(x_base + (q[:, None] * x_l + p[None, :]), mask=inside, other=0.0)
+        cum, delta, from_start, _, _ = chunk_decays(
+            cum_ptr + row * chunks * Q, delta_ptr + row * chunks * Q, document_ptr,
+            start, 0.0, HAS_DOCUMENTS, Q,
+        )  # fmt: skip
+        exponent = tl.minimum(cum[:, None] - cum[None, :], MAX_GROWTH)
+        M = scores * tl.exp2(exponent) * delta[None, :]
+        y = tl.dot(C, tl.trans(state), input_precision=PRECISION) * from_start[:, None]
+        y = tl.dot(M.to(dtype), x, y, input_precision=PRECISION)
+        if HAS_D:
+            y += tl.load(D_ptr + h).to(tl.float32) * x.to(tl.float32)
+        y_base = y_ptr + b * y_b + wide * y_l + tl.cast(h, tl.int64) * y_h
+        tl.store(
+            y_base + (q[:, None] * y_l + p[None, :]), y.to(y_ptr.dtype.element_ty), mask=inside
+        )

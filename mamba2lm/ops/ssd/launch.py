@@ -1,0 +1,572 @@
+"""Launch the SSD's Triton kernels, as PyTorch custom operators with gradients.
+
+Triton itself is imported on the first launch, so that this module imports everywhere. Which block
+sizes a launch uses is read from ``tuned/*.json``, one file per GPU generation and one entry per
+class of shapes; nothing is tuned while a program runs.
+
+Letters: b batch, l length, h heads, p head dim, g groups, n state, c chunks, q position in chunk.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (*HALF, torch.float32)
+HEAD_DIMS = (16, 32, 64, 128)
+STATES = (16, 32, 64, 128, 256)
+
+LARGEST_FLOAT_STATE = 64 * 128
+"""Elements of the largest float32 state of which two fit in shared memory with the rest."""
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Heads that one program of the two kernels for step sizes treats side by side.
+STEP_HEADS = 16
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one kernel is launched: what a program owns and what it runs on."""
+
+    warps: int = 4
+    stages: int = 2
+    p: int = 64
+    """Rows of the state per program, at most P (kernels that walk the chunks)."""
+    n: int = 128
+    """Columns of the state per program, at most N (``states_kernel``)."""
+    programs: int = 528
+    """Loop over more heads per program as long as this many programs remain."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """All choices for one class of shapes; every one changes speed, none the result."""
+
+    chunk: int = 64
+    fused: Blocks | None = None
+    """The fused forward schedule, or None for the chunked one."""
+    states: Blocks = field(default_factory=Blocks)
+    scan: Blocks = field(default_factory=Blocks)
+    through: Blocks = field(default_factory=Blocks)
+    within: Blocks = field(default_factory=Blocks)
+    precision: str = "ieee"
+    """How float32 products are computed, Triton's ``input_precision``."""
+
+
+def parse_config(entry: dict[str, Any]) -> Config:
+    """Build a ``Config`` from one entry of a tuned file."""
+    blocks: dict[str, Any] = {
+        name: Blocks(**value) if isinstance(value, dict) else value for name, value in entry.items()
+    }
+    return Config(**blocks)
+
+
+@lru_cache
+def tuned_file(major: int) -> list[dict[str, Any]]:
+    """Read the entries for GPUs of one compute capability, or the safe ones for unknown GPUs.
+
+    Each entry holds ``when``, bounds on a shape's ``bits`` (of the dtype), ``rows`` (b h) and
+    ``n``, and ``use``, the fields of ``Config``. The first entry whose bounds hold is taken.
+    """
+    folder = Path(__file__).parent / "tuned"
+    path = folder / f"sm{major}0.json"
+    return json.loads((path if path.exists() else folder / "default.json").read_text())
+
+
+def choose_config(major: int, *, bits: int, rows: int, n: int) -> Config:
+    """Choose the configuration for a shape.
+
+    Args:
+        major: Major compute capability of the GPU; 0 for none.
+        bits: Width of the compute dtype.
+        rows: Batch times heads.
+        n: State size.
+    """
+    shape = {"bits": bits, "rows": rows, "n": n}
+    for entry in tuned_file(major):
+        if all(low <= shape[name] <= high for name, (low, high) in entry["when"].items()):
+            return parse_config(entry["use"])
+    raise AssertionError("the last entry of a tuned file must accept every shape")
+
+
+_override: Config | None = None
+
+
+def override_config(config: Config | None) -> None:
+    """Use one configuration for every call until told otherwise (tests and tuning)."""
+    global _override
+    _override = config
+
+
+def config_for(x_blhp: Tensor, n: int) -> Config:
+    """Choose the configuration for a call."""
+    if _override is not None:
+        return _override
+    major = 0
+    if x_blhp.device.type == "cuda" and torch.version.hip is None:
+        major = torch.cuda.get_device_capability(x_blhp.device)[0]
+    rows = x_blhp.shape[0] * x_blhp.shape[2]
+    return choose_config(major, bits=x_blhp.element_size() * 8, rows=rows, n=n)
+
+
+def unsupported(x: Tensor, B: Tensor) -> str | None:
+    """Say why the kernels cannot take these inputs, or None when they can.
+
+    Args:
+        x: Inputs, (b, l, h, p).
+        B: Input maps, (b, l, g, n).
+    """
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    if not (x.is_cuda or INTERPRETED):
+        return f"x lies on {x.device}, and the kernels need a GPU"
+    if x.dtype not in DTYPES:
+        return f"x has dtype {x.dtype}; the kernels take bfloat16, float16 and float32"
+    if x.shape[3] not in HEAD_DIMS:
+        return f"x has head dim {x.shape[3]} (axis 3); the kernels take {HEAD_DIMS}"
+    if B.shape[3] not in STATES:
+        return f"B has state size {B.shape[3]} (axis 3); the kernels take {STATES}"
+    if x.dtype == torch.float32 and x.shape[3] * B.shape[3] > LARGEST_FLOAT_STATE:
+        return f"a float32 state of {x.shape[3]} × {B.shape[3]} does not fit on a multiprocessor"
+    return None
+
+
+def heads_per_program(heads_per_group: int, rows: int, programs: int) -> int:
+    """Return the largest divisor of the heads of a group that leaves enough programs.
+
+    Args:
+        heads_per_group: Heads that share B and C.
+        rows: Programs if each treated a whole group.
+        programs: How many there should be.
+    """
+    for block in range(heads_per_group, 0, -1):
+        if heads_per_group % block == 0 and rows * (heads_per_group // block) >= programs:
+            return block
+    return 1
+
+
+@lru_cache
+def _kernels(module: str) -> Any:
+    """Import a module of kernels, and Triton with the first."""
+    return importlib.import_module(f"mamba2lm.ops.ssd.{module}")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the tensor with unit stride on its last axis, copying only if it must."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _padded_documents(document_bl: Tensor | None, padded: int) -> Tensor | None:
+    if document_bl is None:
+        return None
+    tail_bl = document_bl[:, -1:].expand(-1, padded - document_bl.shape[1])
+    return torch.cat([document_bl, tail_bl], dim=1).to(torch.int32)
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    document: Tensor | None,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the forward kernels.
+
+    Args:
+        x: Inputs, (b, l, h, p).
+        dt: Raw step sizes, (b, l, h).
+        A: Decay rates, (h,).
+        B: Input maps, (b, l, g, n), in the dtype of x.
+        C: Output maps, (b, l, g, n), in the dtype of x.
+        D: Skip weights, (h,), or None.
+        dt_bias: (h,) or None.
+        initial_states: (b, h, p, n) or None.
+        document: Document ordinals, (b, l), or None.
+        dt_softplus: Whether softplus is applied to dt + dt_bias.
+        low: Smallest Δ.
+        high: Largest Δ.
+
+    Returns:
+        y (b, l, h, p); the final states (b, h, p, n), float32; and for the backward pass Δ and the
+        cumulative log₂ decay per chunk, (b, h, padded length), float32.
+    """
+    kernels = _kernels("forward")
+
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    config = config_for(x, n)
+    q = config.chunk
+    c = -(-length // q)
+    x, B, C = _rows(x), _rows(B), _rows(C)
+    delta = torch.empty(b, h, c * q, dtype=torch.float32, device=x.device)
+    cum = torch.empty_like(delta)
+    y = torch.empty(b, length, h, p, dtype=x.dtype, device=x.device)
+    final = torch.empty(b, h, p, n, dtype=torch.float32, device=x.device)
+    padded = _padded_documents(document, c * q)
+    initial = None if initial_states is None else initial_states.contiguous()
+    # A pointer that the kernel does not follow must still be one.
+    no = delta
+    kernels.steps_kernel[(c, b, -(-h // STEP_HEADS))](
+        dt, no if dt_bias is None else dt_bias, A, delta, cum,
+        dt.stride(0), dt.stride(1), dt.stride(2), length, h, c, low, high,
+        HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, CLAMP=_clamps(dt_softplus, low, high),
+        Q=q, HEAD_BLOCK=STEP_HEADS, num_warps=4,
+    )  # fmt: skip
+    skip = no if D is None else D
+    documents = no if padded is None else padded
+    first = no if initial is None else initial
+    strides = (
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *y.stride()[:3],
+    )  # fmt: skip
+    if config.fused is not None:
+        blocks = config.fused
+        p_block = min(blocks.p, p)
+        kernels.fused_kernel[(b * h * (p // p_block),)](
+            x, B, C, delta, cum, skip, documents, first, y, final, *strides,
+            length, h, c, h // g,
+            HAS_D=D is not None, HAS_DOCUMENTS=padded is not None,
+            HAS_INITIAL=initial is not None, Q=q, P=p, N=n, P_BLOCK=p_block,
+            PRECISION=config.precision, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+        return y, final, delta, cum
+    states = torch.empty(b, c, h, p, n, dtype=x.dtype, device=x.device)
+    _launch_states(
+        config, x, B, None, None, delta, cum, padded, initial, None, states, None, final, None, g
+    )
+    blocks = config.scan
+    head_block = heads_per_program(h // g, b * c * g, blocks.programs)
+    kernels.scan_kernel[(h // head_block, c, b)](
+        x, B, C, delta, cum, skip, documents, states, y, *strides,
+        length, h, c, h // g, head_block,
+        HAS_D=D is not None, HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n,
+        PRECISION=config.precision, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return y, final, delta, cum
+
+
+def _clamps(dt_softplus: bool, low: float, high: float) -> bool:
+    """Whether the limits can bind: a softplus is never negative."""
+    return not (math.isinf(high) and (dt_softplus and low == 0.0))
+
+
+def _launch_states(
+    config: Config,
+    x: Tensor,
+    B: Tensor,
+    dy: Tensor | None,
+    C: Tensor | None,
+    delta: Tensor,
+    cum: Tensor,
+    document: Tensor | None,
+    initial: Tensor | None,
+    dfinal: Tensor | None,
+    states: Tensor,
+    dstates: Tensor | None,
+    final: Tensor | None,
+    dinitial: Tensor | None,
+    g: int,
+) -> None:
+    kernels = _kernels("forward")
+
+    b, length, h, p = x.shape
+    n = B.shape[3]
+    backward = dy is not None
+    blocks = config.states
+    p_block, n_block = min(blocks.p, p), min(blocks.n, n)
+    dy = x if dy is None else dy
+    C = B if C is None else C
+    no = delta
+    kernels.states_kernel[(b * h * (p // p_block) * (n // n_block), 2 if backward else 1)](
+        x, B, dy, C, delta, cum, no if document is None else document,
+        no if initial is None else initial, no if dfinal is None else dfinal,
+        states, states if dstates is None else dstates,
+        no if final is None else final, no if dinitial is None else dinitial,
+        *x.stride()[:3], *B.stride()[:3], *dy.stride()[:3], *C.stride()[:3],
+        length, h, states.shape[1], h // g,
+        BACKWARD=backward, HAS_DOCUMENTS=document is not None,
+        HAS_INITIAL=initial is not None, HAS_DFINAL=dfinal is not None,
+        Q=config.chunk, P=p, N=n, P_BLOCK=p_block, N_BLOCK=n_block, PRECISION=config.precision,
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    document: Tensor | None,
+    delta: Tensor,
+    cum: Tensor,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the backward kernels.
+
+    Args:
+        dy: Gradient of y, (b, l, h, p).
+        dfinal: Gradient of the final states, (b, h, p, n), or None for zero.
+        delta: Δ as ``forward`` returned it.
+        cum: Cumulative log₂ decay as ``forward`` returned it.
+
+    Other Args: as ``forward``.
+
+    Returns:
+        Gradients of x, dt, A, B, C, D, dt_bias and initial_states; those of absent arguments are
+        empty tensors.
+    """
+    kernels = _kernels("backward")
+
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    config = config_for(x, n)
+    q = config.chunk
+    c = cum.shape[2] // q
+    x, B, C, dy = _rows(x), _rows(B), _rows(C), _rows(dy)
+    device = x.device
+    padded = _padded_documents(document, c * q)
+    initial = None if initial_states is None else initial_states.contiguous()
+    dfinal = None if dfinal is None else dfinal.contiguous()
+    states = torch.empty(b, c, h, p, n, dtype=x.dtype, device=device)
+    dstates = torch.empty_like(states)
+    dinitial = torch.empty(
+        (0,) if initial is None else (b, h, p, n), dtype=torch.float32, device=device
+    )
+    _launch_states(
+        config, x, B, dy, C, delta, cum, padded, initial, dfinal, states, dstates, None, dinitial, g
+    )
+
+    through, within = config.through, config.within
+    through_block = heads_per_program(h // g, 2 * b * c * g, through.programs)
+    within_block = heads_per_program(h // g, b * c * g, within.programs)
+    within_splits = h // g // within_block
+    splits = within_splits + h // g // through_block
+    # Partial sums of dB and dC: those from inside the chunks, then those through states.
+    sums = torch.empty(2, splits, b, length, g, n, dtype=torch.float32, device=device)
+    dx = torch.empty(b, length, h, p, dtype=x.dtype, device=device)
+    along = torch.empty(4, *cum.shape, dtype=torch.float32, device=device)
+    partials = torch.empty(3, b * c, h, dtype=torch.float32, device=device)
+    no = delta
+    documents = no if padded is None else padded
+    shape = (length, h, g, c, h // g)
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
+    kernels.through_states_kernel[(2 * (h // through_block), c, b)](
+        x, B, C, dy, delta, cum, documents, states, dstates,
+        sums[0, within_splits], sums[1, within_splits], along[3], along[2],
+        *strides, *shape, through_block, b,
+        HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n, PRECISION=config.precision,
+        STAGES=through.stages, num_warps=through.warps,
+    )  # fmt: skip
+    kernels.within_kernel[(h // within_block, c, b)](
+        x, B, C, dy, delta, cum, no if D is None else D, documents, dstates,
+        dx, sums[0], sums[1], along[0], along[1], partials[2],
+        *strides, *dx.stride()[:3], *shape, within_block, b,
+        HAS_D=D is not None, HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n,
+        PRECISION=config.precision, STAGES=within.stages, num_warps=within.warps,
+    )  # fmt: skip
+    ddt = torch.empty(b, length, h, dtype=dt.dtype, device=device)
+    kernels.steps_backward_kernel[(c, b, -(-h // STEP_HEADS))](
+        dt, delta if dt_bias is None else dt_bias, A, delta, *along.unbind(),
+        ddt, partials[0], partials[1],
+        dt.stride(0), dt.stride(1), dt.stride(2), length, h, c, low, high,
+        HAS_BIAS=dt_bias is not None, SOFTPLUS=dt_softplus, CLAMP=_clamps(dt_softplus, low, high),
+        Q=q, HEAD_BLOCK=STEP_HEADS, num_warps=4,
+    )  # fmt: skip
+    dB = torch.empty(b, length, g, n, dtype=B.dtype, device=device)
+    dC = torch.empty_like(dB)
+    kernels.reduce_kernel[(-(-dB.numel() // 1024), 2)](
+        sums, dB, dC, dC, dB.numel(), splits,
+        SECOND=True, THIRD=False, BLOCK=1024, SPLIT_BLOCK=1, num_warps=4,
+    )  # fmt: skip
+    dA = torch.empty_like(A)
+    dbias = A.new_empty(0) if dt_bias is None else torch.empty_like(dt_bias)
+    dD = A.new_empty(0) if D is None else torch.empty_like(D)
+    kernels.reduce_kernel[(-(-h // 16), 3)](
+        partials, dA, dbias, dD, h, b * c,
+        SECOND=dt_bias is not None, THIRD=D is not None, BLOCK=16, SPLIT_BLOCK=128, num_warps=4,
+    )  # fmt: skip
+    return dx, ddt, dA, dB, dC, dD, dbias, dinitial
+
+
+forward_op = torch.library.custom_op("mamba2lm::ssd_forward", forward, mutates_args=())
+backward_op = torch.library.custom_op("mamba2lm::ssd_backward", backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    b, length, h, p = x.shape
+    n = B.shape[3]
+    q = config_for(x, n).chunk
+    delta = x.new_empty(b, h, -(-length // q) * q, dtype=torch.float32)
+    final = x.new_empty(b, h, p, n, dtype=torch.float32)
+    return x.new_empty(b, length, h, p), final, delta, torch.empty_like(delta)
+
+
+@backward_op.register_fake
+def _(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    initial_shape = (0,) if initial_states is None else tuple(initial_states.shape)
+    return (
+        x.new_empty(x.shape),
+        dt.new_empty(dt.shape),
+        torch.empty_like(A),
+        B.new_empty(B.shape),
+        B.new_empty(B.shape),
+        A.new_empty(0) if D is None else torch.empty_like(D),
+        A.new_empty(0) if dt_bias is None else torch.empty_like(dt_bias),
+        x.new_empty(initial_shape, dtype=torch.float32),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, dt_softplus, low, high = inputs
+    ctx.save_for_backward(*tensors, output[2], output[3])
+    ctx.dt_softplus, ctx.low, ctx.high = dt_softplus, low, high
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    run: Callable[..., tuple[Tensor, ...]], ctx: Any, dy: Tensor | None, dfinal: Tensor | None
+) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    x, D, dt_bias, initial = saved[0], saved[5], saved[6], saved[7]
+    if dy is None:
+        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    dx, ddt, dA, dB, dC, dD, dbias, dinitial = run(
+        dy, dfinal, *saved, ctx.dt_softplus, ctx.low, ctx.high
+    )
+    return (
+        dx,
+        ddt,
+        dA,
+        dB,
+        dC,
+        None if D is None else dD,
+        None if dt_bias is None else dbias,
+        None if initial is None else dinitial.to(initial.dtype),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    return _gradients(backward_op, ctx, dy, dfinal)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same operator without the custom operator's dispatch, which eager code need not pay."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0], output[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dy: Tensor | None, dfinal: Tensor | None
+    ) -> tuple[Any, ...]:
+        return _gradients(backward, ctx, dy, dfinal)
+
+
+def ssd_triton(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_states: Tensor | None = None,
+    document: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the SSD with the Triton kernels; differentiable once in every tensor.
+
+    Args:
+        x: Inputs, (b, l, h, p), any strides; bfloat16, float16 or float32.
+        dt: Raw step sizes, (b, l, h).
+        A: Decay rates, (h,).
+        B: Input maps, (b, l, g, n).
+        C: Output maps, (b, l, g, n).
+        D: Skip weights, (h,), or None.
+        dt_bias: Bias of the step sizes, (h,), or None.
+        dt_softplus: Whether softplus is applied to dt + dt_bias.
+        dt_limit: Smallest and largest Δ.
+        initial_states: State before position 0, (b, h, p, n), or None.
+        document: Document ordinals, (b, l), or None.
+
+    Returns:
+        y (b, l, h, p) in the dtype of x and the final states (b, h, p, n) in float32.
+
+    Source: Dao & Gu 2024 (arXiv:2405.21060), section 6.
+    """
+    arguments = (
+        x,
+        dt,
+        A.contiguous(),
+        B.to(x.dtype),
+        C.to(x.dtype),
+        None if D is None else D.contiguous(),
+        None if dt_bias is None else dt_bias.contiguous(),
+        initial_states,
+        document,
+        dt_softplus,
+        float(dt_limit[0]),
+        float(dt_limit[1]),
+    )
+    if torch.compiler.is_compiling():
+        y, final, _, _ = forward_op(*arguments)
+    else:
+        y, final = _Eager.apply(*arguments)
+    return y, final

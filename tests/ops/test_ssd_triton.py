@@ -1,0 +1,300 @@
+"""The Triton kernels of the SSD: on a GPU as they are, on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba2lm.ops import ssd
+from mamba2lm.ops.documents import document_ordinals
+from mamba2lm.ops.ssd import launch
+from mamba2lm.ops.ssd.launch import Blocks, Config, choose_config, override_config
+
+from .inputs import seq_idx
+from .tolerances import NAIVE_ERROR_RATIO, relative_error
+
+pytest.importorskip("triton")
+
+FLOAT_LIMIT = 3e-5
+
+runs_kernels = pytest.mark.skipif(
+    not (launch.INTERPRETED or torch.cuda.is_available()),
+    reason="needs a GPU or TRITON_INTERPRET=1",
+)
+DEVICE = "cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu"
+
+CHUNKED = Config(
+    chunk=32,
+    states=Blocks(p=16, n=16),
+    scan=Blocks(programs=4),
+    through=Blocks(programs=1),
+    within=Blocks(programs=3),
+)
+FUSED = replace(
+    CHUNKED,
+    fused=Blocks(p=16),
+    states=Blocks(p=32, n=16),
+    through=Blocks(programs=6),
+    within=Blocks(programs=1),
+)
+
+
+@pytest.fixture(autouse=True)
+def tuned_again() -> Iterator[None]:
+    yield
+    override_config(None)
+
+
+def draw(
+    b: int, length: int, h: int, p: int, g: int, n: int, *, decay: float = 1.0
+) -> dict[str, Tensor]:
+    """Draw float32 inputs; x, B and C are slices of one tensor, as a layer's are."""
+    generator = torch.Generator().manual_seed(length)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    fused = randn(b, length, h * p + 2 * g * n)
+    x, B, C = fused.split([h * p, g * n, g * n], dim=-1)
+    return {
+        "x": x.view(b, length, h, p),
+        "dt": randn(b, length, h) - 1,
+        "A": -decay * randn(h).abs(),
+        "B": B.view(b, length, g, n),
+        "C": C.view(b, length, g, n),
+        "D": randn(h),
+        "z": randn(b, length, h, p),
+        "dt_bias": randn(h),
+        "initial_states": randn(b, h, p, n),
+    }
+
+
+def run(
+    inputs: dict[str, Tensor], dtype: torch.dtype, impl: Any, weights: Any = None, **kwargs: Any
+) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """Return outputs and every gradient, under a fixed random weighting of the outputs."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    kept = ("A", "D", "dt_bias", "initial_states")
+    leaves = {
+        name: tensor.to(wide if name in kept else dtype).detach().requires_grad_()
+        for name, tensor in inputs.items()
+    }
+    y, state = ssd(**leaves, dt_softplus=True, return_final_states=True, impl=impl, **kwargs)
+    if weights is None:
+        generator = torch.Generator().manual_seed(1)
+        weights = tuple(torch.randn(o.shape, generator=generator).to(o.device) for o in (y, state))
+    found = torch.autograd.grad(
+        [y, state], list(leaves.values()), [w.to(o.dtype) for w, o in zip(weights, (y, state))]  # noqa: B905
+    )  # fmt: skip
+    results = {f"d{name}": value for name, value in zip(leaves, found, strict=True)}
+    return {"y": y.detach(), "state": state.detach(), **results}, weights
+
+
+def check_float32(inputs: dict[str, Tensor], **kwargs: Any) -> None:
+    exact, weights = run(inputs, torch.float64, "reference", **kwargs)
+    # What a kernel forgets to write shows as NaN.
+    del_later = [torch.full((1 << k,), math.nan, device=DEVICE) for k in range(8, 20)]
+    del del_later
+    found, _ = run(inputs, torch.float32, "triton", weights, **kwargs)
+    again, _ = run(inputs, torch.float32, "triton", weights, **kwargs)
+    for name, value in exact.items():
+        assert relative_error(found[name], value) <= FLOAT_LIMIT, name
+        assert torch.equal(found[name], again[name]), name
+
+
+@runs_kernels
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("config", [CHUNKED, FUSED], ids=["chunked", "fused"])
+@pytest.mark.parametrize("length", [1, 70])
+def test_float32_matches_the_reference(length: int, config: Config, packed: bool) -> None:
+    override_config(config)
+    ids = seq_idx(2, length).to(DEVICE) if packed else None
+    check_float32(draw(2, length, 4, 16, 2, 16), seq_idx=ids)
+
+
+@runs_kernels
+@pytest.mark.parametrize("decay", [1e-6, 80.0])
+def test_extreme_decays_match_the_reference(decay: float) -> None:
+    override_config(CHUNKED)
+    check_float32(draw(1, 65, 4, 16, 1, 16, decay=decay), seq_idx=seq_idx(1, 65).to(DEVICE))
+
+
+@runs_kernels
+def test_limits_on_the_step_match_the_reference() -> None:
+    override_config(FUSED)
+    check_float32(draw(1, 65, 4, 16, 1, 16), dt_limit=(0.1, 1.0))
+
+
+@runs_kernels
+def test_optional_arguments_may_be_absent() -> None:
+    override_config(CHUNKED)
+    inputs = draw(1, 40, 2, 16, 1, 16)
+    for name in ("D", "z", "dt_bias", "initial_states"):
+        del inputs[name]
+    check_float32(inputs)
+
+
+@pytest.mark.skipif(
+    launch.INTERPRETED or torch.cuda.is_available(), reason="the same tests run directly"
+)
+def test_kernels_in_the_interpreter() -> None:
+    """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-x", __file__]
+    selected = ["-k", "match or absent"]
+    done = subprocess.run(
+        command + selected, env=environment, capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "12 passed" in done.stdout.splitlines()[-1], done.stdout[-300:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("b", "length", "h", "p", "g", "n"),
+    [
+        (2, 1, 8, 64, 1, 128),
+        (2, 63, 8, 64, 1, 128),
+        (40, 65, 8, 64, 1, 128),
+        (1, 127, 8, 32, 2, 64),
+        (2, 1000, 8, 64, 8, 128),
+        (1, 4097, 8, 64, 1, 128),
+        (2, 300, 4, 64, 1, 256),
+        (2, 300, 4, 128, 1, 64),
+        (80, 300, 4, 128, 1, 128),
+        (2, 300, 4, 128, 2, 256),
+        (2, 300, 4, 64, 1, 16),
+    ],
+)
+def test_half_precision_loses_no_more_than_plain_pytorch(
+    b: int, length: int, h: int, p: int, g: int, n: int, packed: bool, dtype: torch.dtype
+) -> None:
+    inputs = draw(b, length, h, p, g, n)
+    # The gate is applied by PyTorch, outside the kernels, and its rounding would drown theirs.
+    del inputs["z"]
+    for name in ("x", "B", "C", "dt"):
+        inputs[name] = inputs[name].to(dtype)
+    ids = seq_idx(b, length).to(DEVICE) if packed else None
+    exact, weights = run(inputs, torch.float64, "reference", seq_idx=ids)
+    weights = (weights[0].to(dtype), weights[1])
+    exact, _ = run(inputs, torch.float64, "reference", weights, seq_idx=ids)
+    plain, _ = run(inputs, dtype, "reference", weights, seq_idx=ids)
+    found, _ = run(inputs, dtype, "triton", weights, seq_idx=ids)
+    again, _ = run(inputs, dtype, "triton", weights, seq_idx=ids)
+    for name, value in exact.items():
+        limit = NAIVE_ERROR_RATIO * max(relative_error(plain[name], value), 1e-6)
+        assert relative_error(found[name], value) <= limit, name
+        assert torch.equal(found[name], again[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("p", "n"), [(32, 16), (64, 64), (64, 128), (32, 256)])
+def test_tuned_float32_matches_the_reference(p: int, n: int) -> None:
+    check_float32(draw(2, 200, 4, p, 1, n), seq_idx=seq_idx(2, 200).to(DEVICE))
+
+
+@pytest.mark.gpu
+def test_operators_pass_opcheck_and_compile_whole() -> None:
+    inputs = draw(1, 100, 4, 64, 1, 64)
+    leaves = {name: inputs[name].requires_grad_() for name in ("x", "dt", "A", "B", "C")}
+    arguments = (*leaves.values(), None, None, None, None, True, 0.0, math.inf)
+    torch.library.opcheck(
+        launch.forward_op, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+    def call(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        return ssd(x, dt, A, B, C, dt_softplus=True, impl="triton").square().sum()
+
+    eager = torch.autograd.grad(call(*leaves.values()), list(leaves.values()))
+    compiled = torch.compile(call, fullgraph=True)
+    found = torch.autograd.grad(compiled(*leaves.values()), list(leaves.values()))
+    for a, e in zip(found, eager, strict=True):
+        assert relative_error(a, e) <= 1e-6
+
+
+def test_every_shape_has_a_configuration() -> None:
+    for major in (0, 8, 9):
+        for bits in (16, 32):
+            for rows in (1, 100, 10_000):
+                for n in launch.STATES:
+                    config = choose_config(major, bits=bits, rows=rows, n=n)
+                    assert config.chunk in (32, 64)
+                    assert config.through.warps in (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "programs", "block"),
+    [(80, 512, 528, 40), (80, 512, 100, 80), (80, 1, 10**6, 1), (7, 3, 10, 1), (12, 3, 9, 4)],
+)
+def test_heads_are_shared_out_evenly(heads: int, rows: int, programs: int, block: int) -> None:
+    assert launch.heads_per_program(heads, rows, programs) == block
+
+
+def test_kernels_say_what_they_cannot_take() -> None:
+    x = torch.randn(1, 4, 2, 24)
+    B = torch.randn(1, 4, 1, 16)
+    with pytest.raises(ValueError, match="impl='reference'"):
+        ssd(x, torch.randn(1, 4, 2), -torch.rand(2), B, B, impl="triton")
+
+
+@pytest.mark.parametrize(
+    "target", [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
+)
+def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int], tmp_path: Path) -> None:
+    """Compile the kernels for GPUs that this machine need not have."""
+    if launch.INTERPRETED:
+        pytest.skip("the interpreter compiles nothing")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mamba2lm.ops.ssd import backward, forward
+
+    config = choose_config(target[1] // 10 if target[0] == "cuda" else 0, bits=16, rows=8, n=64)
+    shape = {"Q": config.chunk, "P": 64, "N": 64, "PRECISION": "ieee", "HAS_DOCUMENTS": True}
+    kernels: list[tuple[Any, Blocks, dict[str, Any]]] = [
+        (forward.states_kernel, config.states,
+         {"BACKWARD": True, "HAS_INITIAL": True, "HAS_DFINAL": True, "P_BLOCK": 64, "N_BLOCK": 64}),
+        (forward.scan_kernel, config.scan, {"HAS_D": True}),
+        (backward.through_states_kernel, config.through, {"STAGES": config.through.stages}),
+        (backward.within_kernel, config.within, {"HAS_D": True, "STAGES": config.within.stages}),
+    ]  # fmt: skip
+    wide = {"initial", "dfinal", "final", "dinitial", "delta", "cum", "D", "dB", "dC", "denter",
+            "dleave", "ddelta", "dcum", "dD"}  # fmt: skip
+    for kernel, blocks, extra in kernels:
+        constants = {k: v for k, v in {**shape, **extra}.items() if k in kernel.arg_names}
+        signature = {}
+        for name in kernel.arg_names:
+            if name in constants:
+                signature[name] = "constexpr"
+            elif name.endswith("_ptr"):
+                tensor = name.removesuffix("_ptr")
+                signature[name] = (
+                    "*i32" if tensor == "document" else "*fp32" if tensor in wide else "*bf16"
+                )
+            else:
+                signature[name] = "i32"
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constexprs=constants),
+            target=GPUTarget(*target),
+            options={"num_warps": blocks.warps, "num_stages": blocks.stages},
+        )
+        assert compiled.metadata.shared <= 227 * 1024
+
+
+def test_documents_are_numbered_as_the_kernels_expect() -> None:
+    ids = torch.tensor([[5, 5, 2, 5]])
+    assert document_ordinals(ids).tolist() == [[0, 0, 1, 2]]
