@@ -21,11 +21,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mamba2lm.data.loader import Corpus, training_batches
 from mamba2lm.distributed import World
 from mamba2lm.models import LanguageModel, ModelConfig
-from mamba2lm.training.hardware import memory_available
+from mamba2lm.training.hardware import memory_available, peak_flops
 from mamba2lm.training.optimizer import OptimizerConfig
 from mamba2lm.training.run_folder import RunFolder
 from mamba2lm.training.schedule import ScheduleConfig
 from mamba2lm.training.trainer import Trainer, TrainingConfig, autocast, matmul_dtype
+
+LONGEST_STEP = 60.0
+"""Seconds; a step expected to take longer is not run."""
+USUAL_MFU = 0.2
+"""Share of the device's peak that training reaches, roughly (measured on two CPU cores)."""
 
 
 @dataclass
@@ -178,11 +183,16 @@ def report_dry_run(
         f"activations {readable_bytes(memory.activations)}; {readable_bytes(free)} free",
     }
     world = World(accelerator.process_index, accelerator.num_processes, device)
-    facts["one step"] = (
-        "not run: the estimate is more than the memory free"
-        if world.any(memory.total > 0.9 * free)
-        else _one_step(model_config, corpus, training, optimizer, accelerator)
-    )
+    seconds = _expected_seconds(3 * forward * micro_batch * micro_steps * length, device, dtype)
+    if world.any(memory.total > 0.9 * free):
+        facts["one step"] = "not run: the estimate is more than the memory free"
+    elif world.any(seconds > LONGEST_STEP):
+        facts["one step"] = (
+            f"not run: it would take about {seconds / 60:,.0f} minutes here; "
+            "a smaller training.batch_size would show one"
+        )
+    else:
+        facts["one step"] = _one_step(model_config, corpus, training, optimizer, accelerator)
     if accelerator.is_main_process:
         sys.stdout.write(OmegaConf.to_yaml(resolved) + "\n")
         table = Table(show_header=False, box=None)
@@ -190,6 +200,11 @@ def report_dry_run(
         for name, fact in facts.items():
             table.add_row(name, fact)
         Console().print(table)
+
+
+def _expected_seconds(flops: float, device: torch.device, dtype: torch.dtype) -> float:
+    """Guess how long a step takes, from its FLOPs and what the device does at best."""
+    return flops / (USUAL_MFU * peak_flops(device, dtype))
 
 
 def _one_step(

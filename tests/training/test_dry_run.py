@@ -139,3 +139,17 @@ def test_a_dry_run_of_2_7b_allocates_nothing(
     assert "weights 10.07 GiB, gradients 10.07 GiB, optimizer 20.14 GiB" in out
     assert "not run: the estimate is more than the memory free" in out
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_does_not_start_a_step_of_hours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = text_file(tmp_path / "text")
+    monkeypatch.setattr(dry_run, "peak_flops", lambda device, dtype: 1e6)
+    assert run_here([*tiny_run(text, tmp_path / "run"), "dry_run=true"]) == 0
+    flops = 3 * tiny_model("M", d_model=64).flops_per_token(128)
+    out = " ".join(capsys.readouterr().out.split())
+    step = int(out.split("one step not run: it would take about ")[1].split(" minutes")[0])
+    [sequences] = [int(part.split(" x ")[0]) for part in out.split(" step ")[1:2]]
+    assert step == round(flops * sequences * 128 / (0.2 * 1e6) / 60)
+    assert not (tmp_path / "run").exists()
