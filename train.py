@@ -6,6 +6,7 @@ Without arguments this is the quickstart: a small Mamba-2 on the novels the pack
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mamba2lm.cli import script
@@ -99,7 +100,7 @@ def prepare(config: TrainConfig, run: RunFolder, accelerator: Accelerator) -> Co
     )
 
 
-def sampler(config: TrainConfig, corpus: Corpus):
+def sampler(config: TrainConfig, corpus: Corpus) -> Callable[[LanguageModel], str] | None:
     """Return what writes a sample of text with a model, or None where data are not text."""
     if corpus.tokenizer is None or not config.training.sample_tokens:
         return None

@@ -33,7 +33,6 @@ from mamba2lm.ops.ssd.launch import (
     choose_config,
     override_config,
     ssd_triton,
-    tuned_file,
 )
 from mamba2lm.ops.ssd.reference import ssd_chunked
 
@@ -73,8 +72,6 @@ SHAPES = (
     Shape("S* N256", 8, 4096, 80, n=256),
     Shape("S* G8", 8, 4096, 80, g=8),
 )
-
-NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states")
 
 
 def draw(
@@ -383,14 +380,6 @@ def environment() -> dict[str, str]:
         "triton": triton.__version__,
         "python": sys.version.split()[0],
     }
-
-
-def shipped_configs() -> list[Config]:
-    """Return every configuration that this GPU's tuned file can pick, for 16-bit dtypes."""
-    from mamba2lm.ops.ssd.launch import parse_config
-
-    entries = tuned_file(torch.cuda.get_device_capability()[0])
-    return [parse_config(entry["use"]) for entry in entries]
 
 
 def main() -> int:

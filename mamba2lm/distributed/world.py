@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,14 +40,6 @@ class World:
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any process."""
         return bool(self.sum(float(flag)).item() > 0)
-
-    def from_main(self, value: Any) -> Any:
-        """Return the main process's value (a small picklable object) on every process."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
 
     def barrier(self) -> None:
         """Wait for every process."""
