@@ -357,8 +357,10 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             with self.parallel.micro_batch(last=i == len(micro_batches) - 1):
                 loss = self._loss_sum(self.parallel.call, batch, micro_step=i)
-                # Processes average their gradients: times their number is the sum.
-                (loss * (averaged / max(count, 1.0))).backward()
+                # Processes average their gradients: times their number is the sum. Another thread
+                # would launch the same kernels after a hand-over in each direction.
+                with torch.autograd.set_multithreading_enabled(False):
+                    (loss * (averaged / max(count, 1.0))).backward()
                 total += loss.detach()
         self.parallel.finish_gradients()
         grad_norm = self.parallel.clip_gradients(self.config.max_grad_norm)

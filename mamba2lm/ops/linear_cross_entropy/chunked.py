@@ -5,8 +5,8 @@ minus one at the label. Each chunk of tokens is projected, turned into its gradi
 multiplied back at once; the backward pass only scales what the forward pass has found. (The same
 idea as Liger-Kernel's fused linear cross-entropy, Hsu et al. 2024, arXiv:2410.10989, §3.2.)
 
-On a GPU one Triton kernel makes losses and gradient out of a chunk's logits, in half precision where
-they are; PyTorch's operations make them in float32.
+On a GPU one Triton kernel makes losses and gradient out of a chunk's logits, in the dtype that they
+have; PyTorch's operations go through float32 copies.
 
 Letters: t tokens, s tokens of a chunk, d model width, v vocabulary.
 """
