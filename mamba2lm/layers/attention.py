@@ -299,13 +299,12 @@ class Attention(Mixer):
         return self.out_proj(y_b1hp.reshape(-1, self.d_q)), state
 
     def _heads(self, qkv_blc: Tensor, position_bl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv_blc.split([self.d_q, self.d_kv, self.d_kv], dim=-1)
-        q_blhp = q.unflatten(-1, (self.n_heads, self.head_dim))
-        k_blkp = k.unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v_blkp = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
+        heads = self.n_heads, self.n_kv_heads
         if self.rope_dim:
-            cos_sin = rotary_angles(position_bl, self.rope_dim, self.config.rope_base)
-            q_blhp, k_blkp = rotate(q_blhp, *cos_sin), rotate(k_blkp, *cos_sin)
+            cos, sin = rotary_angles(position_bl, self.rope_dim, self.config.rope_base)
+            return ops.rotary_heads(qkv_blc, cos, sin, n_heads=heads[0], n_kv_heads=heads[1])
+        qkv_blhp = qkv_blc.unflatten(-1, (-1, self.head_dim))
+        q_blhp, k_blkp, v_blkp = qkv_blhp.split([heads[0], heads[1], heads[1]], dim=2)
         return q_blhp, k_blkp, v_blkp
 
     def _mask(
@@ -439,19 +438,9 @@ def document_numbers(seq_idx_bl: Tensor) -> Tensor:
 
 
 def rotary_angles(position_bl: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (b, l, 1, dim/2) of rotary embedding (Su et al. 2021), float64."""
+    """Return cosines and sines (b, l, dim/2) of rotary embedding (Su et al. 2021), float64."""
     frequency = base ** (
         -torch.arange(0, dim, 2, device=position_bl.device, dtype=torch.float64) / dim
     )
-    angle = position_bl[..., None, None].double() * frequency  # exact to 2^52 positions
+    angle = position_bl[..., None].double() * frequency  # exact to 2^52 positions
     return angle.cos(), angle.sin()
-
-
-def rotate(x_blhp: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first channels of each head, pairing channel i with i + dim/2 (NeoX order)."""
-    half = cos.shape[-1]
-    x = x_blhp.to(torch.promote_types(x_blhp.dtype, torch.float32))
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x_blhp[..., 2 * half :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([turned.to(x_blhp.dtype), rest], dim=-1)

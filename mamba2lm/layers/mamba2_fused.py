@@ -51,8 +51,9 @@ class Sizes:
 
     def split_projection(self, proj_blj: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views of z (b, l, i), x|B|C (b, l, c) and Δ (b, l, h)."""
-        z_bli, xBC_blc, dt_blh = proj_blj.split([self.inner, self.convolved, self.heads], dim=-1)
-        return z_bli, xBC_blc, dt_blh
+        first, second = self.inner, self.inner + self.convolved
+        z_bli, xBC_blc, dt_blh = proj_blj.tensor_split((first, second), dim=-1)
+        return z_bli, xBC_blc, dt_blh[..., : self.heads]  # behind it may be padding
 
     def split_convolved(self, xBC_blc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return views of x (b, l, h, p), B and C (b, l, g, n)."""
@@ -103,7 +104,8 @@ def fused_mamba2(
 
     Args:
         x_bld: Input, in the dtype that products are computed in.
-        in_weight_jd: Projection to z, x, B, C and Δ; matrices and taps of any float dtype.
+        in_weight_jd: Projection to z, x, B, C and Δ, whose last rows may be padding; matrices and
+            taps of any float dtype.
         in_bias_j: Its bias, or None.
         conv_weight_cw: Taps of the convolution, oldest first.
         conv_bias_c: Its bias, or None.
@@ -205,6 +207,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     z_bli, xBC_blc, dt_blh = sizes.split_projection(proj_blj)
     dproj_blj = torch.empty_like(proj_blj)
     dz_bli, dxBC_blc, ddt_blh = sizes.split_projection(dproj_blj)
+    dproj_blj[..., sizes.inner + sizes.convolved + sizes.heads :] = 0
 
     # Out of the block: dz lands in its place; the normalised output is made again on the way.
     dout_td = dout_bld.reshape(-1, dout_bld.shape[-1])
