@@ -24,6 +24,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,9 +41,9 @@ import mamba2lm
 from benchmarks.ops import environment
 from mamba2lm.cli import CONFIGS, typed
 from mamba2lm.config import TrainConfig
-from mamba2lm.models import LanguageModel
+from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.ops import kernels
-from mamba2lm.training.optimizer import Optimizers, clip_gradients
+from mamba2lm.training.optimizer import clip_gradients
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("softmax", "nll", "logsumexp")),
@@ -92,20 +93,63 @@ def product_rate(size: int = 8192, seconds: float = 0.5) -> float:
     return 2 * size**3 * count / elapsed
 
 
+@dataclass
+class Subject:
+    """What is timed: a model, how it gives its loss, and what a token costs."""
+
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor | None], Tensor]
+    """Of ids (b, l + 1) and document ids (b, l) or None."""
+    flops_per_token: float
+
+    @classmethod
+    def ours(cls, config: ModelConfig, length: int) -> Subject:
+        """Build a model of this package on the GPU."""
+        with torch.device("cuda"):
+            model = LanguageModel(config)
+            model.init_weights(0)
+        return cls(
+            model,
+            lambda ids, seq_idx: model(ids[:, :-1], ids[:, 1:], seq_idx=seq_idx).loss,
+            model.flops_per_token(length),
+        )
+
+    @classmethod
+    def peer(cls, config: ModelConfig, length: int) -> Subject:
+        """Build mamba-ssm's model with the same weights."""
+        like = cls.ours(config, length)
+        assert isinstance(like.model, LanguageModel)
+        model = peer_model(like.model)
+
+        def loss(ids: Tensor, _: Tensor | None) -> Tensor:
+            logits = model(ids[:, :-1]).logits
+            return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+        return cls(model, loss, like.flops_per_token)
+
+    def parameter_count(self) -> int:
+        """Return the number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
 def step_function(
-    model: LanguageModel, config: TrainConfig, ids: Tensor, seq_idx: Tensor | None
+    subject: Subject, ids: Tensor, seq_idx: Tensor | None, *, rate: float = 1e-3
 ) -> Callable[[], float]:
     """Return one training step without arguments."""
-    optimizer = Optimizers(config.optimizer, model)
+    model = subject.model
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
     def step() -> float:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(ids[:, :-1], ids[:, 1:], seq_idx=seq_idx).loss
+            loss = subject.loss(ids, seq_idx)
         with torch.autograd.set_multithreading_enabled(False):
             loss.backward()
         clip_gradients(model, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
     return step
@@ -131,7 +175,7 @@ def measure(
     """Time one model.
 
     Args:
-        name: Preset.
+        name: Preset, after "peer:" for mamba-ssm's model of its shape.
         batch: Sequences.
         length: Tokens of each.
         peak: FLOP/s that MFU is of.
@@ -140,18 +184,18 @@ def measure(
         steps: How many to time.
         overrides: Of the configuration.
     """
-    config = compose(name, *overrides)
-    config.model.validate()
+    config = compose(name.removeprefix("peer:"), *overrides).model
+    config.validate()
+    build = Subject.peer if name.startswith("peer:") else Subject.ours
+    subject = build(config, length)
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = LanguageModel(config.model)
-        model.init_weights(0)
-        ids = torch.randint(config.model.vocab_size or 0, (batch, length + 1))
+    ids = torch.randint(config.vocab_size or 0, (batch, length + 1), device="cuda")
     if compiled:
-        for block in model.blocks:
+        assert isinstance(subject.model, LanguageModel)
+        for block in subject.model.blocks:
             block.compile()
     seq_idx = None if mean_document is None else documents(batch, length, mean_document)
-    step = step_function(model, config, ids, seq_idx)
+    step = step_function(subject, ids, seq_idx)
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -175,7 +219,7 @@ def measure(
     largest = sorted(events, key=lambda e: -e.self_device_time_total)[:24]
     return {
         "model": name,
-        "parameters": model.parameter_count(),
+        "parameters": subject.parameter_count(),
         "batch": batch,
         "length": length,
         "compiled": compiled,
@@ -183,8 +227,8 @@ def measure(
         "step_ms": second * 1e3,
         "step_ms_low_high": [min(seconds) * 1e3, max(seconds) * 1e3],
         "tokens_per_second": tokens / second,
-        "mfu": 3 * model.flops_per_token(length) * tokens / second / peak,
-        "mfu_6n": 6 * model.parameter_count() * tokens / second / peak,
+        "mfu": 3 * subject.flops_per_token * tokens / second / peak,
+        "mfu_6n": 6 * subject.parameter_count() * tokens / second / peak,
         "peak_memory_gib": memory / 2**30,
         "launches": sum(event.count for event in events),
         "groups_ms": dict(sorted(groups.items(), key=lambda item: -item[1])),
@@ -249,24 +293,21 @@ def batches(steps: int, batch: int, length: int) -> Tensor:
     return text[starts + torch.arange(length + 1)].long().cuda()
 
 
-def train(
-    model: nn.Module, loss_of: Callable[[Tensor], Tensor], data: Tensor, *, bf16: bool
-) -> list[float]:
+def train(subject: Subject, data: Tensor, *, bf16: bool) -> list[float]:
     """Train with AdamW at a fixed rate after a warm-up; return the loss of every step."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        subject.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     losses = []
     for step, ids in enumerate(data):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            loss = loss_of(ids)
+            loss = subject.loss(ids, None)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(subject.model, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
 
@@ -310,31 +351,19 @@ def peer_model(ours: LanguageModel) -> nn.Module:
 def compare_losses(arguments: argparse.Namespace) -> None:
     """Train with and without the kernels and with the peer, and record every loss."""
     sizes = {"n_layers": arguments.layers, "vocab_size": BYTES}
-    config = compose("mamba2_130m", *(f"model.{key}={value}" for key, value in sizes.items()))
+    config = compose("mamba2_130m", *(f"model.{key}={value}" for key, value in sizes.items())).model
+    config.validate()
     data = batches(arguments.steps, arguments.batch, arguments.length)
 
-    def fresh() -> LanguageModel:
-        with torch.device("cuda"):
-            model = LanguageModel(config.model)
-            model.init_weights(0)
-        return model
-
     def ours(*, bf16: bool) -> list[float]:
-        model = fresh()
-        return train(model, lambda ids: model(ids[:, :-1], ids[:, 1:]).loss, data, bf16=bf16)
+        return train(Subject.ours(config, arguments.length), data, bf16=bf16)
 
     def reference(*, bf16: bool) -> list[float]:
         with without_kernels():
             return ours(bf16=bf16)
 
     def peer() -> list[float]:
-        model = peer_model(fresh())
-
-        def loss_of(ids: Tensor) -> Tensor:
-            logits = model(ids[:, :-1]).logits
-            return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-
-        return train(model, loss_of, data, bf16=True)
+        return train(Subject.peer(config, arguments.length), data, bf16=True)
 
     runs: dict[str, Callable[[], list[float]]] = {
         "kernels, bf16": lambda: ours(bf16=True),
@@ -391,7 +420,10 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     timed = commands.add_parser("time", help="time steps")
     timed.add_argument(
-        "--models", nargs="+", default=["mamba2_130m"], help="presets, with a batch as NAME@BATCH"
+        "--models",
+        nargs="+",
+        default=["mamba2_130m"],
+        help="presets, with a batch as NAME@BATCH; mamba-ssm's as peer:NAME",
     )
     timed.add_argument("--batch", type=int, default=16)
     timed.add_argument("--length", type=int, default=2048)

@@ -31,6 +31,7 @@ from mamba2lm.layers.mixer import (
 from mamba2lm.layers.norm import GatedRMSNorm, compute_dtype
 from mamba2lm.layers.state import State
 from mamba2lm.ops.discretisation import step_sizes
+from mamba2lm.ops.dispatch import note_taken
 from mamba2lm.ops.flops import ssd_flops
 
 
@@ -160,6 +161,7 @@ class Mamba2(Mixer):
         if state is None and torch.is_grad_enabled():
             x_bld = x_bld.to(compute_dtype(x_bld.device, x_bld.dtype))
             if self._fuses(x_bld):
+                note_taken("mamba2", "one node of kernels")
                 return self._forward_fused(x_bld, seq_idx_bl), None
         batch, length, _ = x_bld.shape
         z_bli, xBC_blc, dt_blh = self._project(x_bld)
