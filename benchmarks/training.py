@@ -42,7 +42,7 @@ from benchmarks.ops import environment
 from mamba2lm.cli import CONFIGS, typed
 from mamba2lm.config import TrainConfig
 from mamba2lm.models import LanguageModel, ModelConfig
-from mamba2lm.ops import kernels
+from mamba2lm.ops import causal_conv1d, kernels
 from mamba2lm.training.optimizer import clip_gradients
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -115,11 +115,11 @@ class Subject:
         )
 
     @classmethod
-    def peer(cls, config: ModelConfig, length: int) -> Subject:
-        """Build mamba-ssm's model with the same weights."""
+    def peer(cls, config: ModelConfig, length: int, *, our_convolution: bool = True) -> Subject:
+        """Build mamba-ssm's model with the same weights; see ``peer_model``."""
         like = cls.ours(config, length)
         assert isinstance(like.model, LanguageModel)
-        model = peer_model(like.model)
+        model = peer_model(like.model, our_convolution=our_convolution)
 
         def loss(ids: Tensor, _: Tensor | None) -> Tensor:
             logits = model(ids[:, :-1]).logits
@@ -312,16 +312,22 @@ def train(subject: Subject, data: Tensor, *, bf16: bool) -> list[float]:
     return torch.stack(losses).tolist()
 
 
-def peer_model(ours: LanguageModel) -> nn.Module:
+def peer_model(ours: LanguageModel, *, our_convolution: bool) -> nn.Module:
     """Build mamba-ssm's model with the same weights.
 
     Its Triton kernels run without its CUDA extensions, which need building: an empty module stands
-    in for the one that its package imports; the convolution is then PyTorch's.
+    in for the one that its package imports.
+
+    Args:
+        ours: Whose weights and shape it gets.
+        our_convolution: Whether our kernel stands in for its CUDA one; otherwise PyTorch's does,
+            which is slow.
 
     Raises:
         ImportError: mamba-ssm is not installed.
     """
     sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    import mamba_ssm.modules.mamba2 as layer  # pyright: ignore[reportMissingImports]
     from mamba_ssm.models.config_mamba import (  # pyright: ignore[reportMissingImports]
         MambaConfig,
     )
@@ -329,6 +335,10 @@ def peer_model(ours: LanguageModel) -> nn.Module:
         MambaLMHeadModel,
     )
 
+    def convolve(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        return causal_conv1d(x.transpose(1, 2), weight, **options).transpose(1, 2)
+
+    layer.causal_conv1d_fn = convolve if our_convolution else None
     config = ours.config
     peer = MambaLMHeadModel(
         MambaConfig(
@@ -363,7 +373,8 @@ def compare_losses(arguments: argparse.Namespace) -> None:
             return ours(bf16=bf16)
 
     def peer() -> list[float]:
-        return train(Subject.peer(config, arguments.length), data, bf16=True)
+        subject = Subject.peer(config, arguments.length, our_convolution=False)
+        return train(subject, data, bf16=True)
 
     runs: dict[str, Callable[[], list[float]]] = {
         "kernels, bf16": lambda: ours(bf16=True),
