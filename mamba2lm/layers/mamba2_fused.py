@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from mamba2lm.ops.causal_conv1d import launch as conv
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.gated_rms_norm import launch as norm
+from mamba2lm.ops.products import bias_gradient, matrix_gradient
 from mamba2lm.ops.ssd import launch as ssd
 
 
@@ -135,17 +136,6 @@ def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _matrix_gradient(dy_tm: Tensor, x_tk: Tensor, weight: Tensor) -> Tensor:
-    """Return dyᵀ x in the dtype of a weight, rounded once."""
-    if dy_tm.is_cuda and dy_tm.dtype != weight.dtype:
-        return torch.mm(dy_tm.t(), x_tk, out_dtype=weight.dtype)
-    return (dy_tm.t() @ x_tk).to(weight.dtype)
-
-
-def _bias_gradient(dy_tm: Tensor, bias: Tensor) -> Tensor:
-    return dy_tm.sum(dim=0, dtype=torch.float32).to(bias.dtype)
-
-
 class _FusedMamba2(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -219,9 +209,9 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
     dout_weight_di = dout_bias_d = None
     if wanted[9]:
-        dout_weight_di = _matrix_gradient(dout_td, normed_bli.flatten(0, 1), out_weight_di)
+        dout_weight_di = matrix_gradient(dout_td, normed_bli.flatten(0, 1), out_weight_di.dtype)
     if wanted[10]:
-        dout_bias_d = _bias_gradient(dout_td, out_bias_d)
+        dout_bias_d = bias_gradient(dout_td, out_bias_d.dtype)
     del dnormed_ti, normed_bli
 
     # Through the SSD, over the convolution's output made again.
@@ -248,9 +238,9 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         dx_bld = (dproj_tj @ in_weight_jd.to(dtype)).view(x_bld.shape)
     if wanted[1]:
         x_td = x_bld.reshape(-1, x_bld.shape[-1])
-        din_weight_jd = _matrix_gradient(dproj_tj, x_td, in_weight_jd)
+        din_weight_jd = matrix_gradient(dproj_tj, x_td, in_weight_jd.dtype)
     if wanted[2]:
-        din_bias_j = _bias_gradient(dproj_tj, in_bias_j)
+        din_bias_j = bias_gradient(dproj_tj, in_bias_j.dtype)
     return (
         dx_bld,
         din_weight_jd,

@@ -66,14 +66,15 @@ class Block(nn.Module):
             tensor: With whom heads are shared, and whether ``x_bld`` is split over them too.
             context: Where other processes have the rest of each sequence.
         """
-        normed_bld, x_bld = self.norm.of_sum(x_bld, added_bld)
         given = {} if context is None else {"context": context}
         if tensor is None:
+            normed_bld, x_bld = self.norm.of_sum(x_bld, added_bld)
             y_bld, state = self.mixer(normed_bld, state, seq_idx_bl=seq_idx_bl, **given)
             return x_bld, y_bld, state
         assert self.weights is not None
         stored = self.weights.begin(tensor)
         try:
+            normed_bld, x_bld = self.norm.of_sum(x_bld, added_bld)
             y_bld, state = self.mixer(
                 tensor.enter(normed_bld), state, seq_idx_bl=seq_idx_bl, **given
             )

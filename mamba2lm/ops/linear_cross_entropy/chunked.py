@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from mamba2lm.ops.linear_cross_entropy.launch import softmax_gradient, softmax_gradient_op
 from mamba2lm.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+from mamba2lm.ops.products import add_matrix_gradient
 
 # Elements of one chunk's logits: 8 MiB of float32 on a CPU, to stay near its caches; more on a GPU,
 # where fewer and larger products pay.
@@ -106,16 +107,6 @@ def softmax_gradient_torch(
     return loss_s1.squeeze(1), wide_sv.to(logits_sv.dtype)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to a float32 matrix in place, without rounding the product to the dtype of a."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
-
-
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -148,7 +139,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             if dhidden_td is None or dweight_vd is None:
                 continue
             torch.mm(logits_sv, head_vd, out=dhidden_td[start : start + step])
-            add_product(dweight_vd, logits_sv.t(), hidden_sd)
+            add_matrix_gradient(dweight_vd, logits_sv, hidden_sd)
         ctx.weight_dtype = weight_vd.dtype
         if learns:
             ctx.save_for_backward(dhidden_td, dweight_vd)
