@@ -240,6 +240,76 @@ def test_every_tuned_shape_runs_in_bfloat16(p: int, n: int, rows: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("decay", [1e-6, 1.0, 80.0])
+def test_tuned_half_precision_takes_extreme_decays(decay: float) -> None:
+    inputs = draw(1, 1000, 16, 64, 1, 128, decay=decay)
+    for name in ("x", "B", "C", "dt", "z"):
+        inputs[name] = inputs[name].bfloat16()
+    ids = seq_idx(1, 1000).to(DEVICE)
+    exact, weights = run(inputs, torch.float64, "reference", seq_idx=ids)
+    plain, _ = run(inputs, torch.bfloat16, "reference", weights, seq_idx=ids)
+    found, _ = run(inputs, torch.bfloat16, "triton", weights, seq_idx=ids)
+    for name, value in exact.items():
+        limit = max(relative_error(plain[name], value), 4e-3)
+        assert relative_error(found[name], value) <= NAIVE_ERROR_RATIO * limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_of_262144_positions_matches_the_reference(dtype: torch.dtype) -> None:
+    inputs = draw(1, 1 << 18, 2, 64, 1, 128, decay=0.1)
+    for name in ("x", "B", "C", "dt", "z"):
+        inputs[name] = inputs[name].to(dtype)
+    exact, weights = run(inputs, torch.float64, "reference")
+    found, _ = run(inputs, dtype, "triton", weights)
+    limit = FLOAT_LIMIT if dtype == torch.float32 else 0.02
+    for name, value in exact.items():
+        assert relative_error(found[name], value) <= limit, name
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count() -> None:
+    """Groups are independent: the last one alone must give what it gives among 2.2 billion."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 76e9:
+        pytest.skip(f"needs 76 GB of GPU memory, {free / 1e9:.0f} are free")
+    length, heads, groups = (1 << 19) + (1 << 14), 64, 16
+    assert length * heads * 64 > 1 << 31
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+    x, dy = randn(1, length, heads, 64), randn(1, length, heads, 64)
+    B, C = (randn(1, length, groups, 128) for _ in "BC")
+    dt, A = randn(1, length, heads), -torch.rand(heads, device="cuda") - 0.5
+    override_config(choose_config(9, bits=16, rows=heads, length=length, p=64, n=128))
+
+    def gradients(*inputs: Tensor, dy: Tensor) -> list[Tensor]:
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        y = ssd(*leaves, dt_softplus=True, impl="triton")
+        last = heads // groups
+        kept = [y.detach()[:, :, -last:].clone()]
+        for gradient in torch.autograd.grad(y, leaves, dy):
+            axis = 0 if gradient.ndim == 1 else 2
+            size = gradient.shape[axis]
+            share = size // groups if y.shape[2] == heads else size
+            kept.append(gradient.narrow(axis, size - share, share).clone())
+        return kept
+
+    found = gradients(x, dt, A, B, C, dy=dy)
+    last = heads // groups
+    alone = gradients(
+        x.detach()[:, :, -last:].contiguous(), dt.detach()[:, :, -last:].contiguous(),
+        A.detach()[-last:].clone(), B.detach()[:, :, -1:].contiguous(),
+        C.detach()[:, :, -1:].contiguous(), dy=dy[:, :, -last:].contiguous(),
+    )  # fmt: skip
+    for name, a, b in zip(("y", "dx", "ddt", "dA", "dB", "dC"), found, alone, strict=True):
+        assert a.isfinite().all(), name
+        assert relative_error(a.float(), b.float()) <= 4e-3, name
+
+
+@pytest.mark.gpu
 def test_operators_pass_opcheck_and_compile_whole() -> None:
     inputs = draw(1, 100, 4, 64, 1, 64)
     leaves = {name: inputs[name].requires_grad_() for name in ("x", "dt", "A", "B", "C")}
