@@ -70,6 +70,8 @@ class Config:
     forward_chunk: int = 64
     chunk: int = 64
     """Chunk of the backward pass, which recomputes all that depends on it."""
+    part: int = 64
+    """Targets that ``within`` treats at once: those of a chunk, or of half a chunk."""
     fused: Blocks | None = None
     """The fused forward schedule, or None for the chunked one."""
     states: Blocks = field(default_factory=Blocks)
@@ -157,24 +159,11 @@ def unsupported(x: Tensor, B: Tensor) -> str | None:
         return f"x has head dim {x.shape[3]} (axis 3); the kernels take {HEAD_DIMS}"
     if B.shape[3] not in STATES:
         return f"B has state size {B.shape[3]} (axis 3); the kernels take {STATES}"
+    if x.dtype != torch.float32 and x.shape[3] < 32:
+        return "Triton 3.6 compiles the kernels wrongly for head dim 16 in half precision"
     if x.dtype == torch.float32 and x.shape[3] * B.shape[3] > LARGEST_FLOAT_STATE:
         return f"a float32 state of {x.shape[3]} × {B.shape[3]} does not fit on a multiprocessor"
     return None
-
-
-def unchecked(x: Tensor, B: Tensor) -> str | None:
-    """Say why ``auto`` does not take the kernels for inputs that they would accept, or None.
-
-    ``auto`` is for shapes whose every tuned configuration was compared with float64 on a GPU.
-
-    Args:
-        x: Inputs, (b, l, h, p).
-        B: Input maps, (b, l, g, n).
-    """
-    p, n = x.shape[3], B.shape[3]
-    if x.dtype in (torch.bfloat16, torch.float16) and p == 64 and n in (128, 256):
-        return None
-    return f"head dim {p} with state size {n} in {x.dtype} still has to be checked on a GPU"
 
 
 def heads_per_program(heads_per_group: int, rows: int, programs: int) -> int:
@@ -472,7 +461,8 @@ def backward(
             x, B, C, dy, delta, cum, no if D is None else D, documents, dstates,
             dx, sums[0], sums[1], ddelta, dcum, skips,
             *strides, *dx.stride()[:3], *shape, within_block, b,
-            HAS_D=D is not None, HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n,
+            HAS_D=D is not None, HAS_DOCUMENTS=padded is not None,
+            Q=q, PART=min(config.part, q), P=p, N=n,
             PRECISION=config.precision, STAGES=within.stages,
             warps=within.warps, stages=within.stages,
         )  # fmt: skip
