@@ -2,6 +2,7 @@
 
     python -m benchmarks.ops check                    every configuration against float64
     python -m benchmarks.ops time --out results.json  forward and backward, kernels and wall
+    python -m benchmarks.ops lengths --out l.json     time per token against length, and attention's
     python -m benchmarks.ops tune --out tuning.json --tuned mamba2lm/ops/ssd/tuned/sm90.json
 
 Nothing is timed that was not found correct in the same run.
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from mamba2lm.ops.discretisation import step_sizes
 from mamba2lm.ops.documents import document_ordinals
@@ -313,7 +316,7 @@ def time_shape(shape: Shape, peer_chunks: Iterable[int]) -> dict[str, Any]:
     for name, function in contenders.items():
         if function is None:
             continue
-        row[name] = {}
+        row[name] = {"kept_bytes": kept_memory(function, inputs)}
         for which, run in passes(function, inputs, dy).items():
             kernels = kernel_times(run)
             row[name][which] = {
@@ -323,6 +326,57 @@ def time_shape(shape: Shape, peer_chunks: Iterable[int]) -> dict[str, Any]:
                 "by_kernel_ms": kernels,
             }
     return row
+
+
+def kept_memory(function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> int:
+    """Return the bytes that a forward pass leaves for the backward pass, its output among them."""
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = function(leaves)
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    del y
+    return kept
+
+
+def attention(inputs: dict[str, Tensor]) -> Tensor:
+    """Call causal flash attention; q, k and v are (b, h, l, p)."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
+
+
+def time_lengths() -> list[dict[str, Any]]:
+    """Time 32K tokens (or one longer sequence) at lengths 2K to 256K, as a model of width 2048.
+
+    Its SSD has 64 heads of 64, its attention 16 heads of 128.
+    """
+    rows: list[dict[str, Any]] = []
+    for length in (2**k for k in range(11, 19)):
+        b = max(1, 2**15 // length)
+        row: dict[str, Any] = {"length": length, "batch": b}
+        contenders: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]] = {
+            f"ssd_n{n}": (
+                ours,
+                draw(Shape("", b, length, 64, n=n), torch.bfloat16, initial=False),
+            )
+            for n in (64, 128)
+        }
+        if length <= 2**15:
+            shape = (b, 16, length, 128)
+            qkv = {k: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for k in "qkv"}
+            contenders["attention"] = (attention, qkv)
+        for name, (function, inputs) in contenders.items():
+            dy = torch.randn_like(function(inputs))
+            for which, run in passes(function, inputs, dy).items():
+                milliseconds = sum(kernel_times(run, repeats=5).values())
+                row[f"{name}_{which}_us_per_1k_tokens"] = milliseconds * 1e3 / (b * length / 1024)
+        rows.append(row)
+        numbers = "  ".join(f"{k.removesuffix('_us_per_1k_tokens')} {v:.1f}"
+                            for k, v in row.items() if k not in ("length", "batch"))  # fmt: skip
+        sys.stdout.write(f"{length:7d}  microseconds per 1K tokens: {numbers}\n")
+        sys.stdout.flush()
+    return rows
 
 
 def table(row: dict[str, Any]) -> str:
@@ -343,7 +397,10 @@ def table(row: dict[str, Any]) -> str:
                 other = min(take(entry[which]) for entry in peers)
                 text += f" peer {other:6.3f} {other / take(mine):5.2f}x"
         lines.append(text)
-    return "\n".join(lines)
+    text = f"{'':14s} kept for the backward pass: {row['ours']['kept_bytes'] / 2**20:.0f} MiB"
+    if peers:
+        text += f", peer {min(entry['kept_bytes'] for entry in peers) / 2**20:.0f} MiB"
+    return "\n".join([*lines, text])
 
 
 FORWARD = ("fused", "states", "scan")
@@ -548,7 +605,7 @@ def environment() -> dict[str, str]:
 def main() -> int:
     """Run one command and write its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["check", "time", "tune"])
+    parser.add_argument("command", choices=["check", "time", "lengths", "tune"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tuned", type=Path, help="file of block sizes that tune rewrites")
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default all")
@@ -562,6 +619,11 @@ def main() -> int:
         )
         return int(not all(any(e.get("ok") for e in row["found"]) for row in rows))
     results: dict[str, Any] = {"environment": environment(), "rows": []}
+    if arguments.command == "lengths":
+        results["rows"] = time_lengths()
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        return 0
     failed = False
     for shape in SHAPES:
         if arguments.shapes and shape.name not in arguments.shapes:

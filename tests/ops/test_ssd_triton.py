@@ -49,7 +49,6 @@ FUSED = replace(
     states=Blocks(p=32, n=16),
     through=Blocks(programs=6),
     within=Blocks(programs=1),
-    part=16,
 )
 
 
@@ -422,7 +421,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int], tmp_path: P
             "dleave", "ddelta", "dcum", "dD", "skip", "A", "bias", "partial",
             "dA", "dbias", "first", "second", "third"}  # fmt: skip
     for kernel, blocks, chunk in to_compile:
-        constants = {**shape, "Q": chunk, "PART": config.part, "STAGES": blocks.stages}
+        constants = {**shape, "Q": chunk, "STAGES": blocks.stages}
         constants = {name: constants.get(name, True) for name in kernel.arg_names
                      if name.isupper()}  # fmt: skip
         signature = {}

@@ -38,6 +38,7 @@ import triton.language as tl
 
 from mamba2lm.ops.ssd.forward import (
     MAX_GROWTH,
+    causal_mask,
     chunk_decays,
     decay_across,
     load_rows,
@@ -156,59 +157,16 @@ def through_states_kernel(
 
 
 @triton.jit
-def later(document_ptr, start, first, HAS_DOCUMENTS: tl.constexpr, Q: tl.constexpr,
-          PART: tl.constexpr):  # fmt: skip
-    """Return (q source, part of the targets) twice: whether the target is later, or the same.
-
-    ``first`` is the first target; later ones only count in the same document.
-    """
-    s = tl.arange(0, Q)
-    t = first + tl.arange(0, PART)
-    after = s[:, None] < t[None, :]
-    if HAS_DOCUMENTS:
-        source = tl.load(document_ptr + start + s)
-        target = tl.load(document_ptr + start + t)
-        after = after & (source[:, None] == target[None, :])
-    return after, s[:, None] == t[None, :]
-
-
-@triton.jit
-def target_gradients(
-    x, dy, K, on_diagonal, cum, cum_t, step, first, dx, dK,
-    Q: tl.constexpr, PART: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add what one head's targets, from ``first`` on, give all sources of a chunk.
-
-    Returns dx, the sum over heads of G ∘ E Δ (which is dK where K counts), the sums of W over
-    targets and over sources, and x·dy.
-    """
-    diagonal = tl.arange(0, Q)[:, None] == (first + tl.arange(0, PART))[None, :]
-    # What the masks of K and dK hide must stay finite until then.
-    E = tl.exp2(tl.minimum(cum_t[None, :] - cum[:, None], MAX_GROWTH)) * step[:, None]
-    G = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
-    skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
-    G *= E
-    W = G * K
-    M = tl.where(diagonal, on_diagonal[:, None], E * K).to(dy.dtype)
-    dx = tl.dot(M, dy, dx, input_precision=PRECISION)
-    return dx, dK + G, tl.sum(W, axis=1), tl.sum(W, axis=0), skip
-
-
-@triton.jit
 def within_kernel(
     x_ptr, B_ptr, C_ptr, dy_ptr, delta_ptr, cum_ptr, D_ptr, document_ptr, dstates_ptr,
     dx_ptr, dB_ptr, dC_ptr, ddelta_ptr, dcum_ptr, skip_ptr,
     x_b, x_l, x_h, B_b, B_l, B_g, C_b, C_l, C_g, dy_b, dy_l, dy_h, dx_b, dx_l, dx_h,
     length, heads, groups, chunks, heads_per_group, head_block, batch,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
-    Q: tl.constexpr, PART: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx of one chunk and all gradients inside it, for a block of heads.
-
-    The targets of a chunk are treated at once or in two parts; names of the second end in 2.
-    """
-    TWO: tl.constexpr = PART < Q
+    """Compute dx of one chunk and all gradients inside it, for a block of heads."""
     first = tl.program_id(0) * head_block
     c = tl.program_id(1)
     b = tl.cast(tl.program_id(2), tl.int64)
@@ -218,27 +176,20 @@ def within_kernel(
     left = length - start
     wide = tl.cast(start, tl.int64)
     q = tl.arange(0, Q)
-    t = tl.arange(0, PART)
     p = tl.arange(0, P)
     n = tl.arange(0, N)
+    diagonal = q[:, None] == q[None, :]
+    inside = (q < left)[:, None]
     dtype = x_ptr.dtype.element_ty
     document_ptr += b * chunks * Q
-    C_ptr += b * C_b + g * C_g + wide * C_l
     B = load_rows(B_ptr + b * B_b + g * B_g + wide * B_l, B_l, n, left, Q)
-    C = load_rows(C_ptr, C_l, n, left, PART)
+    C = load_rows(C_ptr + b * C_b + g * C_g + wide * C_l, C_l, n, left, Q)
     # K is masked once, so that the loop needs no mask; its diagonal, where E is 1, is kept apart.
-    after, diagonal = later(document_ptr, start, 0, HAS_DOCUMENTS, Q, PART)
+    allowed = tl.trans(causal_mask(document_ptr, start, HAS_DOCUMENTS, Q))
     K = tl.dot(B, tl.trans(C), input_precision=PRECISION)
     K_diagonal = tl.sum(tl.where(diagonal, K, 0.0), axis=1)
-    K = tl.where(after, K, 0.0)
-    dK = tl.zeros((Q, PART), tl.float32)
-    if TWO:
-        C2 = load_rows(C_ptr + PART * C_l, C_l, n, left - PART, PART)
-        after, diagonal = later(document_ptr, start, PART, HAS_DOCUMENTS, Q, PART)
-        K2 = tl.dot(B, tl.trans(C2), input_precision=PRECISION)
-        K_diagonal += tl.sum(tl.where(diagonal, K2, 0.0), axis=1)
-        K2 = tl.where(after, K2, 0.0)
-        dK2 = tl.zeros((Q, PART), tl.float32)
+    K = tl.where(allowed & (q[:, None] != q[None, :]), K, 0.0)
+    dK = tl.zeros((Q, Q), tl.float32)
     total_ptr = cum_ptr + b * heads * chunks * Q + start + Q - 1
     last = tl.load(total_ptr + tl.cast(first, tl.int64) * chunks * Q)
     for h in tl.range(first, first + head_block, num_stages=STAGES):
@@ -248,65 +199,50 @@ def within_kernel(
         )
         wide_h = tl.cast(h, tl.int64)
         x = load_rows(x_ptr + b * x_b + wide * x_l + wide_h * x_h, x_l, p, left, Q)
-        dy_base = dy_ptr + b * dy_b + wide * dy_l + wide_h * dy_h
-        dy = load_rows(dy_base, dy_l, p, left, PART)
+        dy = load_rows(dy_ptr + b * dy_b + wide * dy_l + wide_h * dy_h, dy_l, p, left, Q)
         state_offset = ((b * chunks + c) * heads + h) * P * N
         dstate = tl.load(dstates_ptr + state_offset + (p[:, None] * N + n[None, :]))
-        cums = cum_ptr + row * chunks * Q
         cum, delta, _, to_end = chunk_decays(
-            cums, delta_ptr + row * chunks * Q, document_ptr, start, last, HAS_DOCUMENTS, Q
-        )
+            cum_ptr + row * chunks * Q, delta_ptr + row * chunks * Q, document_ptr,
+            start, last, HAS_DOCUMENTS, Q,
+        )  # fmt: skip
         last = next_last
+
         # W holds Δ; a floor under Δ lets it be divided out again.
         step = tl.maximum(delta, SMALLEST_STEP)
+        # What the masks of K and dK hide must stay finite until then.
+        E = tl.exp2(tl.minimum(cum[None, :] - cum[:, None], MAX_GROWTH)) * step[:, None]
+        G = tl.dot(x, tl.trans(dy), input_precision=PRECISION)
+        skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
+        G *= E
+        dK += G
+        W = G * K
+        W_rows = tl.sum(W, axis=1)
+        dcum = tl.sum(W, axis=0) - W_rows
         on_diagonal = K_diagonal * delta
         if HAS_D:
             on_diagonal += tl.load(D_ptr + h).to(tl.float32)
+        M = tl.where(diagonal, on_diagonal[:, None], E * K).to(dtype)
         dx = tl.dot(B, tl.trans(dstate.to(dtype)), input_precision=PRECISION)
         dx *= (to_end * delta)[:, None]
-        dx, dK, rows, dcum, skip = target_gradients(
-            x, dy, K, on_diagonal, cum, tl.load(cums + start + t), step, 0, dx, dK,
-            Q, PART, PRECISION,
-        )  # fmt: skip
-        if TWO:
-            dy2 = load_rows(dy_base + PART * dy_l, dy_l, p, left - PART, PART)
-            dx, dK2, rows2, dcum2, skip2 = target_gradients(
-                x, dy2, K2, on_diagonal, cum, tl.load(cums + start + PART + t), step, PART, dx, dK2,
-                Q, PART, PRECISION,
-            )  # fmt: skip
-            rows += rows2
-            skip += skip2
-            dcum = tl.reshape(tl.trans(tl.join(dcum, dcum2)), (Q,))
+        dx = tl.dot(M, dy, dx, input_precision=PRECISION)
         dx_base = dx_ptr + b * dx_b + wide * dx_l + wide_h * dx_h
         tl.store(
-            dx_base + (q[:, None] * dx_l + p[None, :]), dx.to(dx_ptr.dtype.element_ty),
-            mask=(q < left)[:, None],
-        )  # fmt: skip
+            dx_base + (q[:, None] * dx_l + p[None, :]), dx.to(dx_ptr.dtype.element_ty), mask=inside
+        )
         out = row * chunks * Q + start + q
-        tl.store(ddelta_ptr + out, rows / step + skip * K_diagonal)
-        tl.store(dcum_ptr + out, dcum - rows)
+        tl.store(ddelta_ptr + out, W_rows / step + skip * K_diagonal)
+        tl.store(dcum_ptr + out, dcum)
         if HAS_D:
             tl.store(skip_ptr + out, skip)
 
-    after, diagonal = later(document_ptr, start, 0, HAS_DOCUMENTS, Q, PART)
-    dK = tl.where(after | diagonal, dK, 0.0).to(dtype)
-    dB = tl.dot(dK, C, input_precision=PRECISION)
-    dC = tl.dot(tl.trans(dK), B, input_precision=PRECISION)
+    dK = tl.where(allowed, dK, 0.0).to(dtype)
     partial = (tl.cast(split, tl.int64) * batch + b) * length + wide
-    rows_l = groups * N
-    dB_ptr += (partial * groups + g) * N
-    dC_ptr += (partial * groups + g) * N
-    if TWO:
-        after, diagonal = later(document_ptr, start, PART, HAS_DOCUMENTS, Q, PART)
-        dK2 = tl.where(after | diagonal, dK2, 0.0).to(dtype)
-        dB = tl.dot(dK2, C2, dB, input_precision=PRECISION)
-        dC2 = tl.dot(tl.trans(dK2), B, input_precision=PRECISION)
-        tl.store(
-            dC_ptr + ((PART + t)[:, None] * rows_l + n[None, :]), dC2,
-            mask=(PART + t < left)[:, None],
-        )  # fmt: skip
-    tl.store(dB_ptr + (q[:, None] * rows_l + n[None, :]), dB, mask=(q < left)[:, None])
-    tl.store(dC_ptr + (t[:, None] * rows_l + n[None, :]), dC, mask=(t < left)[:, None])
+    offsets = (partial * groups + g) * N + q[:, None] * (groups * N) + n[None, :]
+    dB = tl.dot(dK, C, input_precision=PRECISION)
+    tl.store(dB_ptr + offsets, dB, mask=inside)
+    dC = tl.dot(tl.trans(dK), B, input_precision=PRECISION)
+    tl.store(dC_ptr + offsets, dC, mask=inside)
 
 
 @triton.jit

@@ -70,8 +70,6 @@ class Config:
     forward_chunk: int = 64
     chunk: int = 64
     """Chunk of the backward pass, which recomputes all that depends on it."""
-    part: int = 64
-    """Targets that ``within`` treats at once: those of a chunk, or of half a chunk."""
     fused: Blocks | None = None
     """The fused forward schedule, or None for the chunked one."""
     states: Blocks = field(default_factory=Blocks)
@@ -461,8 +459,7 @@ def backward(
             x, B, C, dy, delta, cum, no if D is None else D, documents, dstates,
             dx, sums[0], sums[1], ddelta, dcum, skips,
             *strides, *dx.stride()[:3], *shape, within_block, b,
-            HAS_D=D is not None, HAS_DOCUMENTS=padded is not None,
-            Q=q, PART=min(config.part, q), P=p, N=n,
+            HAS_D=D is not None, HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n,
             PRECISION=config.precision, STAGES=within.stages,
             warps=within.warps, stages=within.stages,
         )  # fmt: skip
