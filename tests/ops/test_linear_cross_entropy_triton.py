@@ -147,14 +147,13 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
         pytest.skip("the interpreter compiles nothing")
     from mamba2lm.ops.linear_cross_entropy import softmax
 
+    blocks = launch.TUNED
+    constants = {"GRADIENT": True, "BLOCK": blocks.elements, "UNIT": 8, "STAGES": blocks.stages}
     for logits in ("*bf16", "*fp32"):
         compile_kernel(
             softmax.softmax_gradient_kernel,
-            {
-                "GRADIENT": True, "BLOCK": launch.TUNED.elements, "UNIT": 8,
-                "STAGES": launch.TUNED.stages,
-            },  # fmt: skip
+            constants,
             {"x": logits, "labels": "*i64", "loss": "*fp32"},
             target,
-            num_warps=launch.TUNED.warps,
+            num_warps=blocks.warps,
         )
