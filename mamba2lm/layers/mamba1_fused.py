@@ -24,6 +24,7 @@ from mamba2lm.ops.documents import document_starts
 from mamba2lm.ops.products import bias_gradient, matrix_gradient
 from mamba2lm.ops.selective_scan import launch as scan
 
+
 def unsupported(x_bld: Tensor, conv_weight_iw: Tensor, A_in: Tensor) -> str | None:
     """Say why not all of a mixer's kernels take these inputs, or None when they do.
 
