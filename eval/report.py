@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import html
 import json
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +105,25 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def write(values: dict[str, Any], path: Path) -> None:
-    """Write the JSON file beside its name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
+    """Write a JSON file."""
     text = json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a file's name once it is written, whoever else writes the same.
+
+    Yields:
+        What to write instead, in the same folder.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_report(

@@ -81,9 +81,11 @@ class Cell:
         self.dtype = matmul_dtype(config.precision, device)
         on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] | None = (
-            {} if on_gpu and config.graphs else None
-        )
+        self._graphs: dict[int, torch.cuda.CUDAGraph] | None = None
+        if on_gpu and config.graphs:
+            self._graphs = {}
+            # The stages' graphs never run at the same time: they may use the same memory.
+            self._pool = torch.cuda.graph_pool_handle()
         self._taken = [0] * len(self.shapes.stages)
         with self._streamed():
             model = LanguageModel(config.model(spec.model, spec.width))
@@ -171,7 +173,7 @@ class Cell:
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize(self.device)
-        with torch.cuda.graph(graph, stream=self.stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
             self._learn(stage)
         self._graphs[stage] = graph
         graph.replay()  # capturing computes nothing

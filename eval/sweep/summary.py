@@ -63,8 +63,10 @@ def summarise(folder: Path, config: SweepConfig) -> list[Point]:
     markdown = [
         line for grid in grids for line in (f"## {grid.title}", "", *report.markdown(grid), "")
     ]
-    (folder / "summary.md").write_text("\n".join(markdown), encoding="utf-8")
-    draw(points, folder / "accuracy.png", by_length=config.task is SweepTask.induction)
+    with report.whole(folder / "summary.md") as file:
+        file.write_text("\n".join(markdown), encoding="utf-8")
+    with report.whole(folder / "accuracy.png") as file:
+        draw(points, file, by_length=config.task is SweepTask.induction)
     report.show(grids)
     return points
 
@@ -148,7 +150,7 @@ def draw(points: Sequence[Point], path: Path, *, by_length: bool) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
     axes[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
 
 
 def _grid(points: Sequence[Point], cells: int) -> Grid:
