@@ -171,7 +171,7 @@ class Results:
         return spec in self._found or self.file(spec).is_file()
 
     def solved(self, spec: Spec) -> bool:
-        """Return whether any rate known for the cell's model, width and seed reached ``stop_at``."""
+        """Return whether a rate of the cell's model, width and seed has reached ``stop_at``."""
         return _question(spec) in self._solved
 
     def read(self, spec: Spec) -> None:
