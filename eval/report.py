@@ -260,8 +260,13 @@ def _comparison(task: str, results: Mapping[str, Mapping[str, TaskResult]]) -> G
         values = [
             found[task].headline.get(line) if task in found else None for found in results.values()
         ]
-        rows.append([line, *("" if value is None else f"{value:.4f}" for value in values)])
+        rows.append([line, *("" if value is None else _short(value) for value in values)])
     return Grid(f"Compared: {task}", ["figure", *results], rows)
+
+
+def _short(value: float) -> str:
+    """Return a figure for a table: four places, none of large numbers."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4f}"
 
 
 def _draw(folder: Path, results: Mapping[str, Mapping[str, TaskResult]]) -> list[tuple[str, Path]]:

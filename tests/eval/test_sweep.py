@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,57 @@ def test_solved_questions_leave_out_other_rates(tmp_path: Path) -> None:
     command.run_cells(sweep, tmp_path / "s", CPU)
     names = sorted(file.name for file in (tmp_path / "s" / "cells").iterdir())
     assert names == ["T-m-d16-lr2.00e-03-s0.json", "T-m-d16-lr2.00e-03-s1.json"]
+
+
+def test_processes_that_share_a_folder_train_every_cell_once(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    given = [a for a in arguments(folder) if "headdim" not in a]
+    given.append("+models.mamba2_n16.mixers.M.headdim=16")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "eval.sweep", *given],
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    logs = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], logs
+    ended = [line.split()[1] for log in logs for line in log.splitlines() if " of 4 steps" in line]
+    names = sorted(file.stem for file in (folder / "cells").iterdir())
+    assert sorted(name.rstrip(":") for name in ended) == names
+    assert len(names) == 6
+    assert json.loads((folder / "summary.json").read_text())["cells"] == 6
+
+
+def test_a_cell_that_another_process_trains_is_left_to_it(tmp_path: Path) -> None:
+    sweep = config(learning_rates=[1e-3, 2e-3], stop_at=0.0, skip_solved=True)
+    command.open_folder(tmp_path, sweep)
+    cells = tmp_path / "cells"
+    [first, second] = command.specs(sweep)
+    lock = cells / f"{first.name}.lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, pathlib, time; from eval.sweep.claim import Claim;"
+         "kept = Claim.take(pathlib.Path(sys.argv[1])); print(kept is not None, flush=True);"
+         "time.sleep(99)", str(lock)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "True\n"
+    results = command.Results(sweep, cells)
+    results.read(first)
+    assert not results.solved(first)
+    command.run_cells(sweep, tmp_path, CPU)
+    assert sorted(file.name for file in cells.iterdir()) == [lock.name, f"{second.name}.json"]
+    results.read(first)  # what another process found counts here
+    assert results.solved(first)
+
+    holder.kill()  # which frees the cell, although the file is still there
+    holder.wait()
+    sweep.skip_solved = False
+    command.run_cells(sweep, tmp_path, CPU)
+    names = sorted([f"{first.name}.json", f"{second.name}.json"])
+    assert sorted(file.name for file in cells.iterdir()) == names
 
 
 def test_time_that_is_up_leaves_cells_unfinished(
