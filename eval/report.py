@@ -104,9 +104,21 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def write(values: dict[str, Any], path: Path) -> None:
-    """Write a JSON file."""
-    text = json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False)
+def write(values: dict[str, Any], path: Path, *, rows: str | None = None) -> None:
+    """Write a JSON file.
+
+    Args:
+        values: Numbers that are not finite are written as null.
+        path: The file.
+        rows: The key of a list whose items take a line each, as its last.
+    """
+    plain = _plain(values)
+    items = [] if rows is None else plain.pop(rows)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    if rows is not None:
+        lines = [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in items]
+        comma = "," if plain else ""
+        text = f'{text[:-2]}{comma}\n  "{rows}": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}"
     with whole(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 

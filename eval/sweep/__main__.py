@@ -18,7 +18,7 @@ from eval.sweep.cell import Cell, Spec
 from eval.sweep.claim import Claim
 from eval.sweep.config import SweepConfig
 from eval.sweep.data import SweepData
-from eval.sweep.summary import summarise
+from eval.sweep.summary import CONFIG, summarise
 from mamba2lm.cli import script
 from mamba2lm.inference.loading import choose_device
 from mamba2lm.schema import ConfigError
@@ -28,7 +28,6 @@ log = logging.getLogger("eval.sweep")
 
 # Steps of one cell before the next one's turn: Python stays ahead of the GPU.
 _TURN = 16
-CONFIG = "sweep.json"
 
 
 @script("sweep", SweepConfig)
