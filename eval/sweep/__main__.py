@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _TURN = 16
 def main(config: SweepConfig) -> None:
     """Train what is missing, within the budget, and summarise what there is."""
     config.validate()
+    # Streams beyond the queues of the hardware would wait for each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     folder = Path(config.output)
     device = choose_device(config.device)
     open_folder(folder, config)
@@ -78,14 +81,14 @@ def identity(config: SweepConfig) -> dict[str, Any]:
 
 
 def specs(config: SweepConfig) -> list[Spec]:
-    """Return all cells, those that say most first: learning rates from the middle outwards."""
+    """Return all cells, those that say most first: rates from the middle outwards, every seed."""
     rates = sorted(config.learning_rates)
     middle = (len(rates) - 1) / 2
     outwards = [rates[i] for i in sorted(range(len(rates)), key=lambda i: abs(i - middle))]
     return [
         Spec(dataset, model, width, rate, seed)
-        for seed, rate, dataset, width, model in itertools.product(
-            config.seeds, outwards, config.datasets, config.widths, config.models
+        for rate, seed, dataset, width, model in itertools.product(
+            outwards, config.seeds, config.datasets, config.widths, config.models
         )
     ]
 
@@ -141,6 +144,7 @@ def run_cells(config: SweepConfig, folder: Path, device: torch.device) -> None:
                 keep(cell, results.file(cell.spec), device)
                 (cells / f"{cell.spec.name}.unfinished").unlink(missing_ok=True)
                 claim.release()
+                cell.close()
     for cell, claim in live:
         # What a cell had reached when time was up; it will start again.
         keep(cell, cells / f"{cell.spec.name}.unfinished", device)

@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 import eval.sweep.__main__ as command
-from eval.sweep.cell import Cell, Spec
+from eval.sweep.cell import Cell, Spec, _shape
 from eval.sweep.config import Decay, Order, SweepConfig, SweepTask
 from eval.sweep.data import SweepData
 from eval.sweep.summary import best_points, draw
@@ -63,10 +63,13 @@ def test_a_cell_takes_every_batch_once_and_follows_its_schedule() -> None:
     rates, batches = [], []
     learn = cell._learn
 
-    def watch(stage: int) -> None:
+    def watch(shape: tuple[int, int]) -> None:
         rates.append(float(cell.rate))
-        batches.append((stage, cell._rows[stage].tolist()))
-        learn(stage)
+        stage = [_shape(each) for each in cell.shapes.stages].index(shape)
+        known = cell.data.stages[stage].input_nl
+        rows = [int((known == row).all(dim=1).nonzero()) for row in cell._batch[shape].input_nl]
+        batches.append((stage, rows))
+        learn(shape)
 
     cell._learn = watch  # type: ignore[method-assign]
     run(cell)
@@ -93,6 +96,14 @@ def test_examples_are_the_generators() -> None:
     ids, places, answers = data.stages[1].rows(torch.arange(64))
     assert ids.equal(inputs)
     assert labels.gather(1, places).equal(answers)
+    inputs, labels = generate(
+        RecallConfig(vocab_size=32, length=16, n_pairs=2), 96, seed=0, purpose="train 0"
+    )
+    ids, places, answers = data.stages[0].rows(torch.arange(96))
+    assert ids.equal(inputs)
+    assert labels.gather(1, places)[:, :2].equal(answers[:, :2])
+    assert answers[:, 2].eq(-100).all()  # as many questions as the other stage has
+    inputs, labels = generate(task, 64, seed=0, purpose="train 1")
     assert (labels != -100).sum() == 3 * 64
     ids, _, _ = data.tests[1].rows(slice(0, 9))
     assert ids.equal(generate(task, 9, seed=0)[0])
