@@ -81,7 +81,6 @@ def unsupported(x_bld: Tensor, conv_weight_cw: Tensor, sizes: Sizes) -> str | No
         conv.unsupported(x_bld, conv_weight_cw)
         or norm.unsupported(x_bld, sizes.norm_group)
         or ssd.unsupported(x_blhp, B_blgn)
-        or ssd.unchecked(x_blhp, B_blgn)
     )
 
 
@@ -219,13 +218,17 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True, False
     )
     x_blhp, B_blgn, C_blgn = sizes.split_convolved(convolved_blc)
-    dx_blhp, ddt, dA_h, dB_blgn, dC_blgn, dD_h, _, ddt_bias_h, _ = ssd.backward(
+    dconvolved_blc = torch.empty_like(convolved_blc)
+    dx_blhp, dB_out, dC_out = sizes.split_convolved(dconvolved_blc)
+    _, ddt, dA_h, dB, dC, dD_h, _, ddt_bias_h, _ = ssd.backward(
         dy_bli.view(y_blhp.shape), None, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h,
-        None, document_bl, pre, True, *sizes.dt_limit,
+        None, document_bl, pre, True, *sizes.dt_limit, dx_out=dx_blhp,
     )  # fmt: skip
+    # Small beside the rest: copied to their places.
     ddt_blh.copy_(ddt)
-    dconvolved_blc = torch.cat([dx_blhp.flatten(2), dB_blgn.flatten(2), dC_blgn.flatten(2)], dim=2)
-    del convolved_blc, dx_blhp, dB_blgn, dC_blgn, dy_bli
+    dB_out.copy_(dB)
+    dC_out.copy_(dC)
+    del convolved_blc, dy_bli
     _, dconv_weight_cw, dconv_bias_c, _ = conv.backward(
         dconvolved_blc, None, xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True,
         dx_out=dxBC_blc,

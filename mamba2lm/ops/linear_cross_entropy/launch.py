@@ -25,9 +25,10 @@ ALIGNED = 8
 class Blocks:
     """How the kernel is launched; changes speed, and the loss by the order of its sum."""
 
-    elements: int = 4096
+    elements: int = 8192
     """Logits at a time, a power of two."""
-    warps: int = 8
+    warps: int = 16
+    """Many, so that few rows are on their way and the second reading finds them in the cache."""
     stages: int = 1
     """Depth of software pipelining over the first reading."""
 
