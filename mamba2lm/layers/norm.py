@@ -55,6 +55,11 @@ class GatedRMSNorm(nn.Module):
             return self._forward_shared(y, z, *self._shared)
         return gated_rms_norm(y, z, self.weight, eps=self.eps, group_size=self.group_size)
 
+    @property
+    def shared(self) -> bool:
+        """Whether groups reach over several processes."""
+        return self._shared is not None
+
     def share_groups(self, tensor: TensorGroup, mine: list[int], groups: int) -> None:
         """Normalise over groups that reach over several processes.
 

@@ -1,0 +1,196 @@
+"""Launch the kernels of ``linear_step``. Triton itself is imported on the first launch.
+
+Letters: b rows, k inputs, n outputs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mamba2lm.ops.kernels import (
+    Launches,
+    chains,
+    needs_gradients,
+    no_kernels,
+    on_device,
+    signature,
+)
+
+if TYPE_CHECKING:
+    from mamba2lm.ops.linear_step.reference import Convolution, Norm
+
+MOST_ROWS = 16
+"""Rows up to which the kernels are faster than a library's product and what stands around it."""
+
+MOST_TILES = 32
+"""Tiles of one program's inputs at most: they are unrolled."""
+
+MOST_TAPS = 4
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel is launched; changes speed, and results by the order of sums only."""
+
+    n: int
+    """Outputs per program, a power of two."""
+    k: int
+    """Inputs per tile, a power of two, as far as a group has so many."""
+    warps: int
+    rows: int = 0
+    """Rows per program through ``tl.dot``, at least 16; 0 for one row without it."""
+    stages: int = 1
+    """Depth of software pipelining with ``rows``."""
+    ahead: int = 4
+    """Without ``rows``: tiles loaded before waiting for the previous kernel."""
+
+
+_override: Blocks | None = None
+
+
+def override_blocks(blocks: Blocks | None) -> None:
+    """Use these for every call (tests and tuning); None undoes it."""
+    global _override
+    _override = blocks
+
+
+def choose_blocks(rows: int, n: int, k: int) -> Blocks:
+    """Return how to launch for a shape.
+
+    Args:
+        rows: Tokens.
+        n: Outputs.
+        k: Inputs.
+    """
+    if rows > 1:
+        return Blocks(n=16, k=256, warps=4, rows=16, stages=3)
+    return Blocks(n=4 if n < 4096 else 8, k=512, warps=4)
+
+
+def unsupported(
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm | None,
+    gate: Tensor | None,
+    convolution: Convolution | None,
+    residual: Tensor | None,
+) -> str | None:
+    """Say why the kernels cannot take these inputs, or None when they can.
+
+    Other reasons than what they cannot take are good ones too: more rows than the kernels are for.
+    """
+    if (reason := no_kernels(x) or no_kernels(weight)) is not None:
+        return reason
+    if (reason := needs_gradients(x, weight, residual)) is not None:
+        return reason
+    if x.shape[0] > MOST_ROWS and _override is None:
+        return f"x has {x.shape[0]} rows; the kernels are for {MOST_ROWS} at most"
+    if not weight.is_contiguous():
+        return "the weight is not contiguous"
+    if any(t is not None and t.stride(1) != 1 for t in (x, gate, residual)):
+        return "rows do not have unit stride"
+    if convolution is not None and (
+        convolution.weight.shape[1] > MOST_TAPS
+        or not convolution.weight.is_contiguous()
+        or not convolution.state[:1].is_contiguous()
+    ):
+        return f"the convolution has over {MOST_TAPS} taps, or its tensors are not contiguous"
+    k = x.shape[1]
+    group = k if norm is None or norm.group_size is None else norm.group_size
+    blocks = _override or choose_blocks(x.shape[0], *weight.shape)
+    if (k // group) * -(-group // _tile(blocks, group)) > MOST_TILES:
+        return f"x has {k // group} groups of {group} inputs, too many tiles for one program"
+    return None
+
+
+def _tile(blocks: Blocks, group: int) -> int:
+    """Return the inputs of a tile: no more than a group has, and 16 for the tensor cores."""
+    return min(blocks.k, max(16, 1 << (group - 1).bit_length()))
+
+
+@lru_cache
+def _kernel(name: str) -> Any:
+    """Import a kernel, and Triton with the first."""
+    return getattr(importlib.import_module("mamba2lm.ops.linear_step.step"), name)
+
+
+def linear_step_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    gate: Tensor | None,
+    convolution: Convolution | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run the kernel.
+
+    Args:
+        dtype: Of the result without a residual.
+
+    Other Args: as ``linear_step``; what ``unsupported`` lets pass.
+    """
+    (b, k), n = x.shape, weight.shape[0]
+    device = x.device
+    y = torch.empty(b, n, dtype=dtype if residual is None else residual.dtype, device=device)
+    if b == 0:
+        return y
+    blocks = _override or choose_blocks(b, n, k)
+    group = k if norm is None or norm.group_size is None else norm.group_size
+    taps = 0 if convolution is None else convolution.weight.shape[1]
+    tile = _tile(blocks, group)
+    chain = chains(device)
+    # A pointer that the kernel does not follow must still be one.
+    kept = x if convolution is None or taps == 1 else convolution.state
+    taps_bias = None if convolution is None else convolution.bias
+    tensors = (x, weight, bias, gate, residual, kept)
+    tensors += () if norm is None else (norm.weight,)
+    tensors += () if convolution is None else (convolution.weight, taps_bias)
+    start, channels = (
+        (0, 0) if convolution is None else (convolution.start, convolution.weight.shape[0])
+    )
+    launch = Launches(
+        device, "linear_step", blocks, group, dtype, *map(signature, tensors),
+        norm is None, gate is None, channels, start,
+    )  # fmt: skip
+    pointers = (
+        x, x if gate is None else gate, x if norm is None else norm.weight, weight,
+        x if bias is None else bias, x if residual is None else residual, y,
+        x if convolution is None else convolution.weight, x if taps_bias is None else taps_bias,
+        kept,
+    )  # fmt: skip
+    parts = {
+        "NORMED": norm is not None, "GATED": gate is not None, "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None, "TAPS": taps, "HAS_TAPS_BIAS": taps_bias is not None,
+        "GROUPS": k // group, "WIDTH": group,
+    }  # fmt: skip
+    with on_device(device):
+        if blocks.rows:
+            launch(
+                _kernel("rows_kernel"), (-(-n // blocks.n), -(-b // blocks.rows), 1), *pointers,
+                b, n, k, x.stride(0), 0 if gate is None else gate.stride(0),
+                0 if residual is None else residual.stride(0), kept.stride(0), start, channels,
+                1e-5 if norm is None else norm.eps,
+                warps=blocks.warps, stages=blocks.stages, chain=chain,
+                **parts, ROWS=blocks.rows, BLOCK_N=blocks.n, BLOCK_K=tile, STAGES=blocks.stages,
+                CHAIN=chain,
+            )  # fmt: skip
+        else:
+            assert b == 1
+            tiles = (k // group) * -(-group // tile)
+            launch(
+                _kernel("vector_kernel"), (-(-n // blocks.n), 1, 1), *pointers,
+                n, k, start, channels, 1e-5 if norm is None else norm.eps,
+                warps=blocks.warps, chain=chain,
+                **parts, BLOCK_N=blocks.n, BLOCK_K=tile, AHEAD=min(blocks.ahead, tiles),
+                CHAIN=chain,
+            )  # fmt: skip
+    return y
+

@@ -1,0 +1,200 @@
+"""Triton kernels of a linear map of few rows, fused with what stands before and after it.
+
+    u = RMSNorm(x silu(z)) · norm,   v = W u + bias,   v_c = silu(conv(v_c)),   y = residual + v
+
+Every part beside the product is optional. With few rows the time is that of reading W once, so a
+program takes some outputs n of all rows and streams their rows of W; what it needs of x is small and
+comes from the cache. The scale of a norm is one number a row and group: it is applied to the sums,
+so the norm costs no pass of its own. A convolution's channel is an output, so the program that makes
+it also owns what the channel remembers.
+
+``vector_kernel`` takes one row, with products in float32 outside the tensor cores; ``rows_kernel``
+takes up to a block of rows through ``tl.dot``.
+
+With ``CHAIN`` the next kernel of the stream may begin while this one ends (programmatic dependent
+launch): what precedes ``wait_for_previous`` may read only what no kernel of the last few writes,
+that is weights; so their first tiles are on their way while the previous kernel still runs.
+
+Letters: r rows (batch), n outputs, k inputs, c convolved channels.
+"""
+
+# Triton compiles the bodies below; the types of Python are not the types of its language.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportCallIssue=false
+# ruff: noqa: RUF005 (no unpacking into tuples there either)
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from mamba2lm.ops.selective_scan.forward import sigmoid
+
+
+@triton.jit
+def wait_for_previous(CHAIN: tl.constexpr):
+    """Wait until the previous kernel has written all it writes, then let the next one begin."""
+    if CHAIN:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def load_input(
+    x_ptrs, z_ptrs, norm_ptrs, mask, k_mask,
+    GATED: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """Load inputs, gated; return them times the norm's weight, and their squares."""
+    u = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        z = tl.load(z_ptrs, mask=mask, other=0.0).to(tl.float32)
+        u = u * z * sigmoid(z)
+    squares = u * u
+    if NORMED:
+        u = u * tl.load(norm_ptrs, mask=k_mask, other=0.0).to(tl.float32)
+    return u, squares
+
+
+@triton.jit
+def finish(
+    value, n, r, mask, bias_ptr, residual_ptr, y_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+    n_size, residual_r, kept_r, start, channels,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TAPS: tl.constexpr,
+    HAS_TAPS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Add the bias, convolve what is to be convolved, add the residual, and store."""
+    real = n < n_size
+    if HAS_BIAS:
+        value += tl.load(bias_ptr + n, mask=real, other=0.0).to(tl.float32)
+    if TAPS > 0:
+        c = n - start
+        convolved = (c >= 0) & (c < channels)
+        mine = mask & convolved
+        # What a channel remembers is what it convolves, rounded as it is.
+        fresh = value.to(kept_ptr.dtype.element_ty)
+        w = tl.load(taps_ptr + c * TAPS + (TAPS - 1), mask=convolved, other=0.0).to(tl.float32)
+        total = fresh.to(tl.float32) * w
+        kept_ptrs = kept_ptr + r * kept_r + c
+        remembered = ()
+        for j in tl.static_range(TAPS - 1):
+            before = tl.load(kept_ptrs + j * channels, mask=mine, other=0.0)
+            w = tl.load(taps_ptr + c * TAPS + j, mask=convolved, other=0.0).to(tl.float32)
+            total += before.to(tl.float32) * w
+            remembered = remembered + (before,)
+        # Where several threads hold one channel, all must have read it before one writes.
+        tl.debug_barrier()
+        for j in tl.static_range(1, TAPS - 1):
+            tl.store(kept_ptrs + (j - 1) * channels, remembered[j], mask=mine)
+        if TAPS > 1:
+            tl.store(kept_ptrs + (TAPS - 2) * channels, fresh, mask=mine)
+        if HAS_TAPS_BIAS:
+            total += tl.load(taps_bias_ptr + c, mask=convolved, other=0.0).to(tl.float32)
+        value = tl.where(convolved, total * sigmoid(total), value)
+    if HAS_RESIDUAL:
+        value += tl.load(residual_ptr + r * residual_r + n, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + tl.cast(r, tl.int64) * n_size + n, value.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["start"])
+def vector_kernel(
+    x_ptr, z_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
+    taps_ptr, taps_bias_ptr, kept_ptr,
+    n_size, k_size, start, channels, eps,
+    NORMED: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    """Make ``BLOCK_N`` outputs of one row.
+
+    The inputs are ``GROUPS`` groups of ``WIDTH`` that are normalised apart, each taken in tiles of
+    ``BLOCK_K``; the first ``AHEAD`` tiles of W are loaded before waiting.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Outputs that do not exist read the last one's weights.
+    rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
+    TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    EVEN: tl.constexpr = WIDTH % BLOCK_K == 0
+    ahead = ()
+    for i in tl.static_range(AHEAD):
+        k = tl.arange(0, BLOCK_K) + (i % TILES) * BLOCK_K
+        inside = k < WIDTH
+        k += (i // TILES) * WIDTH
+        if EVEN:
+            w = tl.load(rows_ptr + k[None, :])
+        else:
+            w = tl.load(rows_ptr + k[None, :], mask=inside[None, :], other=0.0)
+        ahead = ahead + (w,)
+    wait_for_previous(CHAIN)
+    value = tl.zeros((BLOCK_N,), tl.float32)
+    for g in tl.static_range(GROUPS):
+        total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        squares = tl.zeros((BLOCK_K,), tl.float32)
+        for i in tl.static_range(TILES):
+            k = tl.arange(0, BLOCK_K) + i * BLOCK_K
+            inside = k < WIDTH
+            k += g * WIDTH
+            if g * TILES + i < AHEAD:
+                w = ahead[g * TILES + i]
+            elif EVEN:
+                w = tl.load(rows_ptr + k[None, :])
+            else:
+                w = tl.load(rows_ptr + k[None, :], mask=inside[None, :], other=0.0)
+            u, square = load_input(
+                x_ptr + k, z_ptr + k, norm_ptr + k, inside, inside, GATED, NORMED
+            )
+            squares += square
+            total += w.to(tl.float32) * u[None, :]
+        sums = tl.sum(total, axis=1)
+        if NORMED:
+            sums *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
+        value += sums
+    finish(
+        value, n, 0, n < n_size, bias_ptr, residual_ptr, y_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+        n_size, 0, 0, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["start", "r_size"])
+def rows_kernel(
+    x_ptr, z_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
+    taps_ptr, taps_bias_ptr, kept_ptr,
+    r_size, n_size, k_size, x_r, z_r, residual_r, kept_r, start, channels, eps,
+    NORMED: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    CHAIN: tl.constexpr,
+):  # fmt: skip
+    """Make ``BLOCK_N`` outputs of up to ``ROWS`` rows; as ``vector_kernel`` otherwise."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
+    here = (r < r_size)[None, :]
+    wait_for_previous(CHAIN)
+    value = tl.zeros((BLOCK_N, ROWS), tl.float32)
+    for g in tl.static_range(GROUPS):
+        total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+        squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
+        for i in tl.range(0, (WIDTH + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
+            k = tl.arange(0, BLOCK_K) + i * BLOCK_K
+            inside = k < WIDTH
+            k += g * WIDTH
+            if WIDTH % BLOCK_K == 0:
+                w = tl.load(rows_ptr + k[None, :])
+            else:
+                w = tl.load(rows_ptr + k[None, :], mask=inside[None, :], other=0.0)
+            u, square = load_input(
+                x_ptr + r[None, :] * x_r + k[:, None], z_ptr + r[None, :] * z_r + k[:, None],
+                norm_ptr + k[:, None], inside[:, None] & here, inside[:, None], GATED, NORMED,
+            )  # fmt: skip
+            if NORMED:
+                squares += square
+            total = tl.dot(w, u.to(w.dtype), total, input_precision="ieee")
+        if NORMED:
+            total *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)[None, :]
+        value += total
+    finish(
+        value, n[:, None], r[None, :], (n < n_size)[:, None] & here,
+        bias_ptr, residual_ptr, y_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+        n_size, residual_r, kept_r, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
+    )  # fmt: skip
