@@ -198,3 +198,139 @@ def cast_all(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 def test_kernels_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
     run_in_interpreter(__file__, "match", passed=27)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(
+    ("rows", "k", "n"),
+    [(1, 768, 3352), (1, 5120, 2560), (1, 100, 333), (2, 2560, 1000), (9, 768, 3352), (16, 1001, 70)],
+)  # fmt: skip
+def test_half_precision_linear_loses_no_more_than_plain_pytorch(
+    rows: int, k: int, n: int, parts: str
+) -> None:
+    if "groups" in parts and k % 2:
+        pytest.skip("an odd width has no two groups")
+    inputs = linear_inputs(rows, k, n, parts)
+    inputs = {name: cast(value, torch.bfloat16) for name, value in inputs.items()}
+    exact = run_linear(inputs, torch.float64, "reference")
+    # The residual stream is float32 beside bfloat16 layers.
+    plain = run_linear(inputs, torch.bfloat16, "reference", torch.float32)
+    poison()
+    found = run_linear(inputs, torch.bfloat16, "triton", torch.float32)
+    again = run_linear(inputs, torch.bfloat16, "triton", torch.float32)
+    for name, value in exact.items():
+        assert found[name].dtype == plain[name].dtype
+        assert torch.equal(found[name], again[name]), name
+        limit = NAIVE_ERROR_RATIO * max(relative_error(plain[name], value), 1e-6)
+        assert relative_error(found[name], value) <= limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("h", "p", "g", "n"), [(24, 64, 1, 128), (8, 40, 2, 64), (64, 64, 1, 16)])
+@pytest.mark.parametrize("kind", list(UPDATES))
+def test_half_precision_state_update_loses_no_more_than_plain_pytorch(
+    kind: str, h: int, p: int, g: int, n: int, dtype: torch.dtype
+) -> None:
+    inputs = state_inputs(kind, 5, h, p, g, n)
+    wide = ("A", "D", "dt_bias")
+    narrow = {k: v if k in wide else v.to(torch.bfloat16) for k, v in inputs.items()}
+    narrow["state"] = narrow["state"].to(dtype)
+    options: dict[str, Any] = {"dt_softplus": True, "A_is_log": True}
+    exact = UPDATES[kind](**cast_all(narrow, torch.float64), **options, impl="reference")
+    plain = UPDATES[kind](**narrow, **options, impl="reference")
+    poison()
+    found = UPDATES[kind](**narrow, **options, impl="triton")
+    for got, other, wanted in zip(found, plain, exact, strict=True):
+        assert got.dtype == other.dtype
+        limit = NAIVE_ERROR_RATIO * max(relative_error(other, wanted), 1e-6)
+        assert relative_error(got, wanted) <= limit
+
+
+@pytest.mark.gpu
+def test_kernels_that_overlap_compute_what_kernels_in_turn_do() -> None:
+    """Hundreds of dependent kernels, each of which may begin before the last has ended."""
+    k = 512
+    weights = [randn(k, k, seed=i).to(torch.bfloat16) * k**-0.5 for i in range(50)]
+    norm = Norm(torch.ones(k, device=DEVICE, dtype=torch.bfloat16))
+    state = randn(1, 8, 64, 64)
+    given = {"dt": randn(1, 8), "A": randn(8), "B": randn(1, 1, 64), "C": randn(1, 1, 64)}
+
+    def run() -> tuple[Tensor, Tensor]:
+        x, kept = randn(1, k).to(torch.bfloat16), state.clone()
+        for weight in weights * 4:
+            x = ops.linear_step(x, weight, norm=norm, impl="triton")
+            y, _ = ops.ssd_state_update(
+                kept, x.view(1, 8, 64), **given, dt_softplus=True, A_is_log=True, in_place=True
+            )
+            x = ops.linear_step(y.flatten(1), weight, residual=x, impl="triton")
+        return x, kept
+
+    found = {}
+    for chain in (True, False):
+        kernels.override_chain(chain)
+        found[chain] = run()
+    kernels.override_chain(None)
+    for mine, theirs in zip(found[True], found[False], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
+    """Compile the kernels for GPUs that this machine need not have."""
+    if kernels.INTERPRETED:
+        pytest.skip("the interpreter compiles nothing")
+    from mamba2lm.ops.causal_conv1d import step as convolution
+    from mamba2lm.ops.linear_step import step as linear
+    from mamba2lm.ops.state_update import step as update
+
+    chain = target[0] == "cuda" and target[1] >= 90
+    types = dict.fromkeys(("residual", "state", "new", "A", "D"), "*fp32")
+    types |= {name: "fp32" for name in ("eps", "low", "high")}
+    parts = {
+        "NORMED": True, "GATED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "TAPS": 4,
+        "HAS_TAPS_BIAS": True, "GROUPS": 2, "WIDTH": 768, "CHAIN": chain,
+    }  # fmt: skip
+    for rows, kernel in ((1, linear.vector_kernel), (16, linear.rows_kernel)):
+        blocks = linear_launch.choose_blocks(rows, 3352, 1536)
+        compile_kernel(
+            kernel,
+            {**parts, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 2, "ROWS": rows,
+             "STAGES": blocks.stages},
+            types, target, num_warps=blocks.warps,
+        )  # fmt: skip
+    options = {
+        "HAS_D": True, "D_WIDE": False, "HAS_Z": True, "HAS_BIAS": True, "SOFTPLUS": True,
+        "CLAMP": True, "LOGARITHM": True, "P": 64, "N": 128, "BLOCK_P": 32, "BLOCK_D": 32,
+        "BLOCK_N": 128, "EARLY": True, "CHAIN": chain,
+    }  # fmt: skip
+    for kernel in (update.ssd_step_kernel, update.selective_step_kernel):
+        compile_kernel(kernel, options, types, target, num_warps=4)
+    compile_kernel(
+        convolution.convolve_step_kernel,
+        {"HAS_BIAS": True, "SILU": True, "W": 4, "BLOCK": 256, "CHAIN": chain},
+        types, target, num_warps=2,
+    )  # fmt: skip
+
+
+def test_kernels_say_what_they_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    x, weight = torch.randn(20, 8), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="20 rows; the kernels are for"):
+        ops.linear_step(x, weight, impl="triton")
+    with pytest.raises(ValueError, match="no gradient"), torch.enable_grad():
+        ops.linear_step(x[:1], weight.requires_grad_(), impl="triton")
+
+
+def test_wrong_arguments_are_refused() -> None:
+    x, weight, norm = torch.randn(2, 8), torch.randn(4, 8), Norm(torch.ones(8), group_size=3)
+    with pytest.raises(ValueError, match="gate was given without norm"):
+        ops.linear_step(x, weight, gate=x)
+    with pytest.raises(ValueError, match="group_size=3 must divide the 8 inputs"):
+        ops.linear_step(x, weight, gate=x, norm=norm)
+    taps = Convolution(torch.zeros(2, 3, 4), torch.ones(4, 4), start=1)
+    with pytest.raises(ValueError, match="4 channels do not fit into 4 outputs"):
+        ops.linear_step(x, weight, convolution=taps)
+    with pytest.raises(ValueError, match=r"residual has shape \(2, 5\)"):
+        ops.linear_step(x, weight, residual=torch.zeros(2, 5))

@@ -41,59 +41,98 @@ def wait_for_previous(CHAIN: tl.constexpr):
 
 
 @triton.jit
-def load_input(
-    x_ptrs, z_ptrs, norm_ptrs, mask, k_mask,
-    GATED: tl.constexpr, NORMED: tl.constexpr,
-):  # fmt: skip
-    """Load inputs, gated; return them times the norm's weight, and their squares."""
-    u = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+def gate_and_square(x, z, norm, GATED: tl.constexpr, NORMED: tl.constexpr):
+    """Return inputs, gated, times the norm's weight, and their squares before it."""
+    u = x.to(tl.float32)
     if GATED:
-        z = tl.load(z_ptrs, mask=mask, other=0.0).to(tl.float32)
+        z = z.to(tl.float32)
         u = u * z * sigmoid(z)
     squares = u * u
     if NORMED:
-        u = u * tl.load(norm_ptrs, mask=k_mask, other=0.0).to(tl.float32)
+        u = u * norm.to(tl.float32)
     return u, squares
 
 
 @triton.jit
-def finish(
-    value, n, r, mask, bias_ptr, residual_ptr, y_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+def load_around(
+    n, r, mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
     n_size, residual_r, kept_r, start, channels,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TAPS: tl.constexpr,
     HAS_TAPS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias, convolve what is to be convolved, add the residual, and store."""
-    real = n < n_size
+    """Load what ``finish`` needs, so that it is there when the sums are."""
+    bias, residual, taps_bias = 0.0, 0.0, 0.0
+    taps, kept = (), ()
     if HAS_BIAS:
-        value += tl.load(bias_ptr + n, mask=real, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + r * residual_r + n, mask=mask, other=0.0).to(tl.float32)
+    if TAPS > 0:
+        c = n - start
+        convolved = (c >= 0) & (c < channels)
+        mine = mask & convolved
+        for j in tl.static_range(TAPS):
+            tap = tl.load(taps_ptr + c * TAPS + j, mask=convolved, other=0.0)
+            taps = taps + (tap.to(tl.float32),)
+        for j in tl.static_range(TAPS - 1):
+            kept_ptrs = kept_ptr + r * kept_r + (j * channels + c)
+            kept = kept + (tl.load(kept_ptrs, mask=mine, other=0.0),)
+        if HAS_TAPS_BIAS:
+            taps_bias = tl.load(taps_bias_ptr + c, mask=convolved, other=0.0).to(tl.float32)
+    return bias, residual, taps, taps_bias, kept
+
+
+@triton.jit
+def finish(
+    value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels,
+    TAPS: tl.constexpr,
+):  # fmt: skip
+    """Add the bias, convolve what is to be convolved, add the residual, and store."""
+    bias, residual, taps, taps_bias, kept = around
+    value += bias
     if TAPS > 0:
         c = n - start
         convolved = (c >= 0) & (c < channels)
         mine = mask & convolved
         # What a channel remembers is what it convolves, rounded as it is.
         fresh = value.to(kept_ptr.dtype.element_ty)
-        w = tl.load(taps_ptr + c * TAPS + (TAPS - 1), mask=convolved, other=0.0).to(tl.float32)
-        total = fresh.to(tl.float32) * w
-        kept_ptrs = kept_ptr + r * kept_r + c
-        remembered = ()
+        total = fresh.to(tl.float32) * taps[TAPS - 1] + taps_bias
         for j in tl.static_range(TAPS - 1):
-            before = tl.load(kept_ptrs + j * channels, mask=mine, other=0.0)
-            w = tl.load(taps_ptr + c * TAPS + j, mask=convolved, other=0.0).to(tl.float32)
-            total += before.to(tl.float32) * w
-            remembered = remembered + (before,)
+            total += kept[j].to(tl.float32) * taps[j]
         # Where several threads hold one channel, all must have read it before one writes.
         tl.debug_barrier()
         for j in tl.static_range(1, TAPS - 1):
-            tl.store(kept_ptrs + (j - 1) * channels, remembered[j], mask=mine)
+            tl.store(kept_ptr + r * kept_r + ((j - 1) * channels + c), kept[j], mask=mine)
         if TAPS > 1:
-            tl.store(kept_ptrs + (TAPS - 2) * channels, fresh, mask=mine)
-        if HAS_TAPS_BIAS:
-            total += tl.load(taps_bias_ptr + c, mask=convolved, other=0.0).to(tl.float32)
+            tl.store(kept_ptr + r * kept_r + ((TAPS - 2) * channels + c), fresh, mask=mine)
         value = tl.where(convolved, total * sigmoid(total), value)
-    if HAS_RESIDUAL:
-        value += tl.load(residual_ptr + r * residual_r + n, mask=mask, other=0.0).to(tl.float32)
+    value += residual
     tl.store(y_ptr + tl.cast(r, tl.int64) * n_size + n, value.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_tile(rows_ptr, i: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load the i-th tile of rows of W, counted over all groups."""
+    TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    k = tl.arange(0, BLOCK_K)[None, :] + (i % TILES) * BLOCK_K
+    ptrs = rows_ptr + (i // TILES) * WIDTH + k
+    if WIDTH % BLOCK_K == 0:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=k < WIDTH, other=0.0)
+
+
+@triton.jit
+def load_inputs(
+    base_ptr, i: tl.constexpr, WANTED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Load the i-th tile of a vector over the inputs, counted over all groups."""
+    if WANTED:
+        TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+        k = tl.arange(0, BLOCK_K) + (i % TILES) * BLOCK_K
+        return tl.load(base_ptr + (i // TILES) * WIDTH + k, mask=k < WIDTH, other=0.0)
+    else:
+        return 0.0
 
 
 @triton.jit(do_not_specialize=["start"])
@@ -114,45 +153,38 @@ def vector_kernel(
     # Outputs that do not exist read the last one's weights.
     rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
     TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
-    EVEN: tl.constexpr = WIDTH % BLOCK_K == 0
-    ahead = ()
+    mask = n < n_size
+    ahead, norms, xs, zs = (), (), (), ()
     for i in tl.static_range(AHEAD):
-        k = tl.arange(0, BLOCK_K) + (i % TILES) * BLOCK_K
-        inside = k < WIDTH
-        k += (i // TILES) * WIDTH
-        if EVEN:
-            w = tl.load(rows_ptr + k[None, :])
-        else:
-            w = tl.load(rows_ptr + k[None, :], mask=inside[None, :], other=0.0)
-        ahead = ahead + (w,)
+        ahead = ahead + (load_tile(rows_ptr, i, WIDTH, BLOCK_K),)
+    for i in tl.static_range(GROUPS * TILES):
+        norms = norms + (load_inputs(norm_ptr, i, NORMED, WIDTH, BLOCK_K),)
     wait_for_previous(CHAIN)
+    # All that has a way to come is asked for before any of it is used.
+    for i in tl.static_range(GROUPS * TILES):
+        xs = xs + (load_inputs(x_ptr, i, True, WIDTH, BLOCK_K),)
+        zs = zs + (load_inputs(z_ptr, i, GATED, WIDTH, BLOCK_K),)
+    around = load_around(
+        n, 0, mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+        n_size, 0, 0, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
+    )  # fmt: skip
     value = tl.zeros((BLOCK_N,), tl.float32)
     for g in tl.static_range(GROUPS):
         total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         squares = tl.zeros((BLOCK_K,), tl.float32)
-        for i in tl.static_range(TILES):
-            k = tl.arange(0, BLOCK_K) + i * BLOCK_K
-            inside = k < WIDTH
-            k += g * WIDTH
-            if g * TILES + i < AHEAD:
-                w = ahead[g * TILES + i]
-            elif EVEN:
-                w = tl.load(rows_ptr + k[None, :])
+        for i in tl.static_range(g * TILES, g * TILES + TILES):
+            if i < AHEAD:
+                w = ahead[i]
             else:
-                w = tl.load(rows_ptr + k[None, :], mask=inside[None, :], other=0.0)
-            u, square = load_input(
-                x_ptr + k, z_ptr + k, norm_ptr + k, inside, inside, GATED, NORMED
-            )
+                w = load_tile(rows_ptr, i, WIDTH, BLOCK_K)
+            u, square = gate_and_square(xs[i], zs[i], norms[i], GATED, NORMED)
             squares += square
             total += w.to(tl.float32) * u[None, :]
         sums = tl.sum(total, axis=1)
         if NORMED:
             sums *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
         value += sums
-    finish(
-        value, n, 0, n < n_size, bias_ptr, residual_ptr, y_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
-        n_size, 0, 0, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
-    )  # fmt: skip
+    finish(value, around, n, 0, mask, y_ptr, kept_ptr, n_size, 0, start, channels, TAPS)
 
 
 @triton.jit(do_not_specialize=["start", "r_size"])
@@ -170,7 +202,12 @@ def rows_kernel(
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
     here = (r < r_size)[None, :]
+    mask = (n < n_size)[:, None] & here
     wait_for_previous(CHAIN)
+    around = load_around(
+        n[:, None], r[None, :], mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+        n_size, residual_r, kept_r, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
+    )  # fmt: skip
     value = tl.zeros((BLOCK_N, ROWS), tl.float32)
     for g in tl.static_range(GROUPS):
         total = tl.zeros((BLOCK_N, ROWS), tl.float32)
@@ -183,10 +220,14 @@ def rows_kernel(
                 w = tl.load(rows_ptr + k[None, :])
             else:
                 w = tl.load(rows_ptr + k[None, :], mask=inside[None, :], other=0.0)
-            u, square = load_input(
-                x_ptr + r[None, :] * x_r + k[:, None], z_ptr + r[None, :] * z_r + k[:, None],
-                norm_ptr + k[:, None], inside[:, None] & here, inside[:, None], GATED, NORMED,
-            )  # fmt: skip
+            there = inside[:, None] & here
+            x = tl.load(x_ptr + r[None, :] * x_r + k[:, None], mask=there, other=0.0)
+            z, norm = 0.0, 0.0
+            if GATED:
+                z = tl.load(z_ptr + r[None, :] * z_r + k[:, None], mask=there, other=0.0)
+            if NORMED:
+                norm = tl.load(norm_ptr + k[:, None], mask=inside[:, None], other=0.0)
+            u, square = gate_and_square(x, z, norm, GATED, NORMED)
             if NORMED:
                 squares += square
             total = tl.dot(w, u.to(w.dtype), total, input_precision="ieee")
@@ -194,7 +235,6 @@ def rows_kernel(
             total *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)[None, :]
         value += total
     finish(
-        value, n[:, None], r[None, :], (n < n_size)[:, None] & here,
-        bias_ptr, residual_ptr, y_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
-        n_size, residual_r, kept_r, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
+        value, around, n[:, None], r[None, :], mask, y_ptr, kept_ptr,
+        n_size, kept_r, start, channels, TAPS,
     )  # fmt: skip
