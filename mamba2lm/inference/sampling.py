@@ -10,7 +10,6 @@ advanced, so a row can be drawn anywhere, in any batch, inside a CUDA graph.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from mamba2lm.ops.kernels import Launches, chains, no_kernels, on_device, signature, unit_stride
+from mamba2lm.ops.draw.launch import draw_greedily, unsupported
 from mamba2lm.schema import ConfigError
 
 MAX_LOGPROBS = 20
@@ -262,8 +261,8 @@ def draw(logits_bv: Tensor, rows: SamplingRows, features: Features) -> Drawn:
         features: What to compute; at least what the rows need.
     """
     plain = features.greedy and not features.penalties and features.logprobs < 0
-    if plain and logits_bv.is_cuda and no_kernels(logits_bv) is None:
-        return Drawn(_greedy(logits_bv, rows), None, None, None)
+    if plain and logits_bv.is_cuda and unsupported(logits_bv) is None:
+        return Drawn(draw_greedily(logits_bv, rows.integers_bk[:, _DRAWN]), None, None, None)
     best_b = logits_bv.amax(dim=-1)
     scores_bv = penalised(logits_bv, rows) if features.penalties else logits_bv
     token_b = scores_bv.argmax(dim=-1)
@@ -292,23 +291,6 @@ def draw(logits_bv: Tensor, rows: SamplingRows, features: Features) -> Drawn:
         return Drawn(token_b, logprob_b, None, None)
     top_bw, top_token_bw = logits_bv.topk(features.logprobs, dim=-1)
     return Drawn(token_b, logprob_b, top_bw - total_b1, top_token_bw)
-
-
-def _greedy(logits_bv: Tensor, rows: SamplingRows) -> Tensor:
-    """Draw the most likely token of each row in one kernel."""
-    kernel = importlib.import_module("mamba2lm.ops.draw.step").greedy_kernel
-    logits_bv, device = unit_stride(logits_bv), logits_bv.device
-    batch, vocab_size = logits_bv.shape
-    drawn_b = rows.integers_bk[:, _DRAWN]
-    token_b = torch.empty(batch, dtype=torch.int64, device=device)
-    chain = chains(device)
-    with on_device(device):
-        Launches(device, "greedy", signature(logits_bv), signature(drawn_b))(
-            kernel, (batch, 1, 1), logits_bv, drawn_b, token_b,
-            logits_bv.stride(0), drawn_b.stride(0), vocab_size,
-            warps=16, chain=chain, BLOCK=4096, CHAIN=chain,
-        )  # fmt: skip
-    return token_b
 
 
 def penalised(logits_bv: Tensor, rows: SamplingRows) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,9 +97,14 @@ PARTS = ("", "bias residual", "norm taps", "gate groups residual", "norm bias tw
 
 @runs_kernels
 @pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize(("rows", "k", "n"), [(1, 40, 19), (5, 40, 19), (17, 64, 33)])
-def test_linear_matches_the_reference(rows: int, k: int, n: int, parts: str) -> None:
-    linear_launch.override_blocks(VECTOR if rows == 1 else ROWS)
+@pytest.mark.parametrize(
+    ("blocks", "rows", "k", "n"),
+    [(VECTOR, 1, 40, 19), (ROWS, 5, 40, 19), (replace(ROWS, folded=False), 17, 64, 33)],
+)
+def test_linear_matches_the_reference(
+    blocks: linear_launch.Blocks, rows: int, k: int, n: int, parts: str
+) -> None:
+    linear_launch.override_blocks(blocks)
     inputs = linear_inputs(rows, k, n, parts)
     exact = run_linear(inputs, torch.float64, "reference")
     poison()
@@ -296,7 +302,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
         blocks = linear_launch.choose_blocks(rows, 3352, 1536)
         compile_kernel(
             kernel,
-            {**parts, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 2, "ROWS": rows,
+            {**parts, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 4, "ROWS": rows,
              "STAGES": blocks.stages},
             types, target, num_warps=blocks.warps,
         )  # fmt: skip

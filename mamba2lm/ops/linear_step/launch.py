@@ -29,7 +29,9 @@ MOST_ROWS = 16
 """Rows up to which the kernels are faster than a library's product and what stands around it."""
 
 MOST_TILES = 32
-"""Tiles of one program's inputs at most: they are unrolled."""
+"""Tiles of one row's inputs at most, which are unrolled."""
+
+MOST_GROUPS = 16
 
 MOST_TAPS = 4
 
@@ -44,11 +46,13 @@ class Blocks:
     """Inputs per tile, a power of two, as far as a group has so many."""
     warps: int
     rows: int = 0
-    """Rows per program through ``tl.dot``, at least 16; 0 for one row without it."""
+    """Rows per program through ``tl.dot``, at least 8; 0 for one row without it."""
     stages: int = 1
     """Depth of software pipelining with ``rows``."""
+    folded: bool = True
+    """With ``rows``: whether every program normalises what it reads; else a kernel does before."""
     ahead: int = 4
-    """Without ``rows``: tiles loaded before waiting for the previous kernel."""
+    """Tiles asked for before waiting for the previous kernel; a power of two with ``rows``."""
 
 
 _override: Blocks | None = None
@@ -69,8 +73,15 @@ def choose_blocks(rows: int, n: int, k: int) -> Blocks:
         k: Inputs.
     """
     if rows > 1:
-        return Blocks(n=16, k=256, warps=4, rows=16, stages=3)
-    return Blocks(n=4 if n < 4096 else 8, k=512, warps=4)
+        held = 8 if rows <= 8 else 16
+        return Blocks(n=16, k=256, warps=4, rows=held, stages=4, folded=False)
+    if n < 1024 and k >= 4096:
+        return Blocks(n=1, k=1024, warps=4, ahead=5)
+    if k > 4096:
+        return Blocks(n=4, k=1024, warps=4, ahead=5)
+    if k > 1024 and n < 4096:
+        return Blocks(n=4, k=512, warps=4, ahead=10)
+    return Blocks(n=8, k=256, warps=4, ahead=10)
 
 
 def unsupported(
@@ -104,7 +115,8 @@ def unsupported(
     k = x.shape[1]
     group = k if norm is None or norm.group_size is None else norm.group_size
     blocks = _override or choose_blocks(x.shape[0], *weight.shape)
-    if (k // group) * -(-group // _tile(blocks, group)) > MOST_TILES:
+    tiles = (k // group) * -(-group // _tile(blocks, group))
+    if not blocks.rows and tiles > MOST_TILES or k // group > MOST_GROUPS:
         return f"x has {k // group} groups of {group} inputs, too many tiles for one program"
     return None
 
@@ -145,8 +157,11 @@ def linear_step_triton(
     blocks = _override or choose_blocks(b, n, k)
     group = k if norm is None or norm.group_size is None else norm.group_size
     taps = 0 if convolution is None else convolution.weight.shape[1]
-    tile = _tile(blocks, group)
     chain = chains(device)
+    if norm is not None and blocks.rows and not blocks.folded:
+        x = _normalised(x, norm, gate, group, weight.dtype, chain)
+        norm, gate, group = None, None, k
+    tile = _tile(blocks, group)
     # A pointer that the kernel does not follow must still be one.
     kept = x if convolution is None or taps == 1 else convolution.state
     taps_bias = None if convolution is None else convolution.bias
@@ -180,7 +195,7 @@ def linear_step_triton(
                 1e-5 if norm is None else norm.eps,
                 warps=blocks.warps, stages=blocks.stages, chain=chain,
                 **parts, ROWS=blocks.rows, BLOCK_N=blocks.n, BLOCK_K=tile, STAGES=blocks.stages,
-                CHAIN=chain,
+                AHEAD=blocks.ahead, CHAIN=chain,
             )  # fmt: skip
         else:
             assert b == 1
@@ -194,3 +209,22 @@ def linear_step_triton(
             )  # fmt: skip
     return y
 
+
+
+def _normalised(
+    x: Tensor, norm: Norm, gate: Tensor | None, group: int, dtype: torch.dtype, chain: bool
+) -> Tensor:
+    """Run the norm in a kernel of its own."""
+    b, k = x.shape
+    y = torch.empty(b, k, dtype=dtype, device=x.device)
+    key = (signature(t) for t in (x, gate, norm.weight))
+    launch = Launches(x.device, "linear_step norm", group, dtype, *key)
+    with on_device(x.device):
+        launch(
+            _kernel("norm_kernel"), (b, k // group, 1),
+            x, x if gate is None else gate, norm.weight, y,
+            x.stride(0), 0 if gate is None else gate.stride(0), k, norm.eps,
+            warps=8, chain=chain,
+            GATED=gate is not None, WIDTH=group, BLOCK=1 << (group - 1).bit_length(), CHAIN=chain,
+        )  # fmt: skip
+    return y

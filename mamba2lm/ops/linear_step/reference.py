@@ -11,6 +11,7 @@ from torch import Tensor
 from mamba2lm.ops.causal_conv1d.op import causal_conv1d_update
 from mamba2lm.ops.dispatch import Impl
 from mamba2lm.ops.gated_rms_norm.op import gated_rms_norm, rms_norm
+from mamba2lm.ops.kernels import needs_gradients
 
 
 class Norm(NamedTuple):
@@ -54,6 +55,13 @@ def linear_step_composed(
         )
     elif norm is not None:
         x = rms_norm(x, norm.weight, eps=norm.eps, out_dtype=norm.weight.dtype, impl=impl)
+    if convolution is None and bias is None and _accumulates(x, weight, residual):
+        # The library's product adds to the stream, or leaves float32, in its own kernel.
+        wide = torch.float32 if residual is None else residual.dtype
+        if residual is not None:
+            return torch.addmm(residual, x, weight.t(), out_dtype=wide)
+        if out_dtype == wide:
+            return torch.mm(x, weight.t(), out_dtype=wide)
     y = F.linear(x, weight, bias)
     if convolution is not None:
         start, stop = convolution.start, convolution.start + convolution.weight.shape[0]
@@ -70,3 +78,14 @@ def linear_step_composed(
     if residual is not None:
         return residual + y
     return y if out_dtype is None else y.to(out_dtype)
+
+
+def _accumulates(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:
+    """Return whether a product of these may have float32 results beside narrower inputs."""
+    return (
+        x.is_cuda
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and (residual is None or residual.dtype == torch.float32)
+        and needs_gradients(x, weight, residual) is None
+    )

@@ -9,7 +9,7 @@ so the norm costs no pass of its own. A convolution's channel is an output, so t
 it also owns what the channel remembers.
 
 ``vector_kernel`` takes one row, with products in float32 outside the tensor cores; ``rows_kernel``
-takes up to a block of rows through ``tl.dot``.
+takes up to a block of rows through ``tl.dot``; with many, ``norm_kernel`` goes before it.
 
 With ``CHAIN`` the next kernel of the stream may begin while this one ends (programmatic dependent
 launch): what precedes ``wait_for_previous`` may read only what no kernel of the last few writes,
@@ -31,6 +31,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mamba2lm.ops.selective_scan.forward import sigmoid
 
+LINE = tl.constexpr(64)
+"""Elements of a cache line, if they are of two bytes."""
+
 
 @triton.jit
 def wait_for_previous(CHAIN: tl.constexpr):
@@ -38,6 +41,15 @@ def wait_for_previous(CHAIN: tl.constexpr):
     if CHAIN:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(ptrs):
+    """Ask for cache lines that will be loaded later."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -195,23 +207,24 @@ def rows_kernel(
     NORMED: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    CHAIN: tl.constexpr,
+    AHEAD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Make ``BLOCK_N`` outputs of up to ``ROWS`` rows; as ``vector_kernel`` otherwise."""
+    """Make ``BLOCK_N`` outputs of up to ``ROWS`` rows; as ``vector_kernel`` otherwise.
+
+    What is loaded before waiting, ``AHEAD`` tiles of W, goes no further than the cache.
+    """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
     here = (r < r_size)[None, :]
-    mask = (n < n_size)[:, None] & here
+    if CHAIN and AHEAD > 0:
+        line = tl.arange(0, AHEAD * BLOCK_K // LINE) * LINE
+        prefetch(rows_ptr + tl.minimum(line, k_size - 1)[None, :])
     wait_for_previous(CHAIN)
-    around = load_around(
-        n[:, None], r[None, :], mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
-        n_size, residual_r, kept_r, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
-    )  # fmt: skip
-    value = tl.zeros((BLOCK_N, ROWS), tl.float32)
     for g in tl.static_range(GROUPS):
         total = tl.zeros((BLOCK_N, ROWS), tl.float32)
-        squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
+        if NORMED:
+            squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
         for i in tl.range(0, (WIDTH + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
             k = tl.arange(0, BLOCK_K) + i * BLOCK_K
             inside = k < WIDTH
@@ -222,19 +235,44 @@ def rows_kernel(
                 w = tl.load(rows_ptr + k[None, :], mask=inside[None, :], other=0.0)
             there = inside[:, None] & here
             x = tl.load(x_ptr + r[None, :] * x_r + k[:, None], mask=there, other=0.0)
-            z, norm = 0.0, 0.0
-            if GATED:
-                z = tl.load(z_ptr + r[None, :] * z_r + k[:, None], mask=there, other=0.0)
             if NORMED:
+                z = 0.0
+                if GATED:
+                    z = tl.load(z_ptr + r[None, :] * z_r + k[:, None], mask=there, other=0.0)
                 norm = tl.load(norm_ptr + k[:, None], mask=inside[:, None], other=0.0)
-            u, square = gate_and_square(x, z, norm, GATED, NORMED)
-            if NORMED:
+                x, square = gate_and_square(x, z, norm, GATED, NORMED)
                 squares += square
-            total = tl.dot(w, u.to(w.dtype), total, input_precision="ieee")
+            total = tl.dot(w, x.to(w.dtype), total, input_precision="ieee")
         if NORMED:
             total *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)[None, :]
-        value += total
-    finish(
-        value, around, n[:, None], r[None, :], mask, y_ptr, kept_ptr,
-        n_size, kept_r, start, channels, TAPS,
+        if g == 0:
+            value = total
+        else:
+            value += total
+    n, r = n[:, None], r[None, :]
+    mask = (n < n_size) & here
+    around = load_around(
+        n, r, mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+        n_size, residual_r, kept_r, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
     )  # fmt: skip
+    finish(value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS)
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr, z_ptr, norm_ptr, y_ptr, x_r, z_r, k_size, eps,
+    GATED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    """Normalise a group of the inputs of a row, for rows too many to do so in every program."""
+    r = tl.cast(tl.program_id(0), tl.int64)
+    inside = tl.arange(0, BLOCK) < WIDTH
+    k = tl.program_id(1) * WIDTH + tl.arange(0, BLOCK)
+    norm = tl.load(norm_ptr + k, mask=inside, other=0.0)
+    wait_for_previous(CHAIN)
+    x = tl.load(x_ptr + r * x_r + k, mask=inside, other=0.0)
+    z = 0.0
+    if GATED:
+        z = tl.load(z_ptr + r * z_r + k, mask=inside, other=0.0)
+    u, square = gate_and_square(x, z, norm, GATED, True)
+    y = u * tl.rsqrt(tl.sum(square, axis=0) / WIDTH + eps)
+    tl.store(y_ptr + r * k_size + k, y.to(y_ptr.dtype.element_ty), mask=inside)
