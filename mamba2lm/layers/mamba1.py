@@ -259,6 +259,7 @@ class Mamba1(Mixer):
             dt_softplus=True,
             A_is_log=True,
             in_place=True,
+            early=True,  # a projection comes before
         )
         return ops.linear_step(y_bi, self.out_proj.weight, self.out_proj.bias, residual=residual_bd)
 

@@ -275,6 +275,7 @@ class Mamba2(Mixer):
             dt_limit=self.dt_limit,
             A_is_log=True,
             in_place=True,
+            early=True,  # a projection comes before
         )
         y_bi = y_bhp.flatten(1)
         gate_norm = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mamba2lm import ops
 from mamba2lm.ops import Convolution, Norm, kernels
+from mamba2lm.ops.draw.launch import draw_greedily
 from mamba2lm.ops.linear_step import launch as linear_launch
 from mamba2lm.ops.state_update import launch as state_launch
 
@@ -81,9 +82,9 @@ def run_linear(
     given = {name: cast(value, dtype) for name, value in inputs.items()}
     if "residual" in given and wide is not None:
         given["residual"] = cast(inputs["residual"], wide)
-    convolution = given.get("convolution")
+    convolution: Convolution | None = given.get("convolution")
+    kept = torch.empty(0) if convolution is None else convolution.state
     if convolution is not None:
-        kept = convolution.state
         given["convolution"] = convolution._replace(state=kept[:-1])
     found = {"y": ops.linear_step(**given, impl=impl)}
     if convolution is not None:
@@ -155,6 +156,19 @@ def state_inputs(kind: str, b: int, h: int, p: int, g: int, n: int) -> dict[str,
     }  # fmt: skip
 
 
+@runs_kernels
+def test_greedy_draws_match_the_reference() -> None:
+    logits, drawn = randn(5, 3001)[:, :3000], torch.zeros(5, 2, dtype=torch.int64, device=DEVICE)
+    logits[1, 70] = logits[1, 2500] = 9.0
+    logits[2, 2999] = float("nan")
+    logits[3] = -float("inf")
+    expected = logits.argmax(dim=-1)
+    assert expected[1] == 70
+    expected[2] = expected[3] = -1
+    assert torch.equal(draw_greedily(logits, drawn[:, 1]), expected)
+    assert drawn.tolist() == [[0, 1]] * 5
+
+
 UPDATES: dict[str, Any] = {"ssd": ops.ssd_state_update, "scan": ops.selective_state_update}
 
 
@@ -203,15 +217,22 @@ def cast_all(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 )
 def test_kernels_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
-    run_in_interpreter(__file__, "match", passed=27)
+    run_in_interpreter(__file__, "match", passed=28)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize(
     ("rows", "k", "n"),
-    [(1, 768, 3352), (1, 5120, 2560), (1, 100, 333), (2, 2560, 1000), (9, 768, 3352), (16, 1001, 70)],
-)  # fmt: skip
+    [
+        (1, 768, 3352),
+        (1, 5120, 2560),
+        (1, 100, 333),
+        (2, 2560, 1000),
+        (9, 768, 3352),
+        (16, 1001, 70),
+    ],
+)
 def test_half_precision_linear_loses_no_more_than_plain_pytorch(
     rows: int, k: int, n: int, parts: str
 ) -> None:
@@ -261,7 +282,12 @@ def test_kernels_that_overlap_compute_what_kernels_in_turn_do() -> None:
     weights = [randn(k, k, seed=i).to(torch.bfloat16) * k**-0.5 for i in range(50)]
     norm = Norm(torch.ones(k, device=DEVICE, dtype=torch.bfloat16))
     state = randn(1, 8, 64, 64)
-    given = {"dt": randn(1, 8), "A": randn(8), "B": randn(1, 1, 64), "C": randn(1, 1, 64)}
+    given: dict[str, Any] = {
+        "dt": randn(1, 8),
+        "A": randn(8),
+        "B": randn(1, 1, 64),
+        "C": randn(1, 1, 64),
+    }
 
     def run() -> tuple[Tensor, Tensor]:
         x, kept = randn(1, k).to(torch.bfloat16), state.clone()
@@ -288,18 +314,20 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
     if kernels.INTERPRETED:
         pytest.skip("the interpreter compiles nothing")
     from mamba2lm.ops.causal_conv1d import step as convolution
+    from mamba2lm.ops.draw import step as draw
     from mamba2lm.ops.linear_step import step as linear
     from mamba2lm.ops.state_update import step as update
 
     chain = target[0] == "cuda" and target[1] >= 90
-    types = dict.fromkeys(("residual", "state", "new", "A", "D"), "*fp32")
-    types |= {name: "fp32" for name in ("eps", "low", "high")}
+    wide = dict.fromkeys(("residual", "state", "new", "A", "D"), "*fp32")
+    types = {**wide, "eps": "fp32", "low": "fp32", "high": "fp32"}
     parts = {
         "NORMED": True, "GATED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "TAPS": 4,
         "HAS_TAPS_BIAS": True, "GROUPS": 2, "WIDTH": 768, "CHAIN": chain,
     }  # fmt: skip
     for rows, kernel in ((1, linear.vector_kernel), (16, linear.rows_kernel)):
-        blocks = linear_launch.choose_blocks(rows, 3352, 1536)
+        blocks = linear_launch.choose_blocks(0, rows, 3352, 1536)
+        assert blocks is not None
         compile_kernel(
             kernel,
             {**parts, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 4, "ROWS": rows,
@@ -314,6 +342,16 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
     for kernel in (update.ssd_step_kernel, update.selective_step_kernel):
         compile_kernel(kernel, options, types, target, num_warps=4)
     compile_kernel(
+        linear.norm_kernel, {"GATED": True, "WIDTH": 768, "BLOCK": 1024, "CHAIN": chain},
+        types, target, num_warps=8,
+    )  # fmt: skip
+    for kernel in (draw.best_kernel, draw.choose_kernel):
+        compile_kernel(
+            kernel, {"PARTS": 32, "BLOCK": 1024, "CHAIN": chain},
+            {"logits": "*fp32", "best": "*fp32", "place": "*i32", "drawn": "*i64",
+             "token": "*i64"}, target, num_warps=4,
+        )  # fmt: skip
+    compile_kernel(
         convolution.convolve_step_kernel,
         {"HAS_BIAS": True, "SILU": True, "W": 4, "BLOCK": 256, "CHAIN": chain},
         types, target, num_warps=2,
@@ -323,7 +361,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
 def test_kernels_say_what_they_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "INTERPRETED", True)
     x, weight = torch.randn(20, 8), torch.randn(4, 8)
-    with pytest.raises(ValueError, match="20 rows; the kernels are for"):
+    with pytest.raises(ValueError, match="20 rows, for which a library"):
         ops.linear_step(x, weight, impl="triton")
     with pytest.raises(ValueError, match="no gradient"), torch.enable_grad():
         ops.linear_step(x[:1], weight.requires_grad_(), impl="triton")

@@ -1,13 +1,18 @@
 """Launch the kernels of ``linear_step``. Triton itself is imported on the first launch.
 
+How a shape is launched is read from ``tuned/*.json``, one file per GPU generation, written by
+``benchmarks/tune_steps.py``; shapes that are not there are launched by rule.
+
 Letters: b rows, k inputs, n outputs.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +21,7 @@ from torch import Tensor
 from mamba2lm.ops.kernels import (
     Launches,
     chains,
+    compute_capability,
     needs_gradients,
     no_kernels,
     on_device,
@@ -25,8 +31,8 @@ from mamba2lm.ops.kernels import (
 if TYPE_CHECKING:
     from mamba2lm.ops.linear_step.reference import Convolution, Norm
 
-MOST_ROWS = 16
-"""Rows up to which the kernels are faster than a library's product and what stands around it."""
+ROWS = (1, 8, 16, 32, 64)
+"""Rows that are tuned for; a batch counts as the next larger. More are left to a library."""
 
 MOST_TILES = 32
 """Tiles of one row's inputs at most, which are unrolled."""
@@ -34,6 +40,9 @@ MOST_TILES = 32
 MOST_GROUPS = 16
 
 MOST_TAPS = 4
+
+MOST_INPUTS = 32768
+"""That are normalised together."""
 
 
 @dataclass(frozen=True)
@@ -64,24 +73,57 @@ def override_blocks(blocks: Blocks | None) -> None:
     _override = blocks
 
 
-def choose_blocks(rows: int, n: int, k: int) -> Blocks:
-    """Return how to launch for a shape.
+@lru_cache
+def tuned(major: int) -> dict[tuple[int, int, int], Blocks | None]:
+    """Read the choices for a generation of GPUs.
 
     Args:
+        major: Major compute capability; 0 for none.
+
+    Returns:
+        By (rows, outputs, inputs): how to launch, or None where a library's product is faster.
+    """
+    path = Path(__file__).parent / "tuned" / f"sm{major}0.json"
+    if not path.is_file():
+        return {}
+    return {
+        (entry["rows"], entry["n"], entry["k"]): Blocks(**entry["use"]) if entry["use"] else None
+        for entry in json.loads(path.read_text("utf-8"))["shapes"]
+    }
+
+
+@lru_cache(maxsize=1024)
+def choose_blocks(major: int, rows: int, n: int, k: int) -> Blocks | None:
+    """Return how to launch for a shape, or None to leave it to a library.
+
+    Args:
+        major: Major compute capability; 0 for none.
         rows: Tokens.
         n: Outputs.
         k: Inputs.
     """
-    if rows > 1:
-        held = 8 if rows <= 8 else 16
+    held = next((size for size in ROWS if rows <= size), None)
+    if held is None:
+        return None
+    if (held, n, k) in tuned(major):
+        return tuned(major)[held, n, k]
+    if held > 16:
+        return None
+    if held > 1:
         return Blocks(n=16, k=256, warps=4, rows=held, stages=4, folded=False)
-    if n < 1024 and k >= 4096:
+    if n < 1024 and k > 4096:
         return Blocks(n=1, k=1024, warps=4, ahead=5)
     if k > 4096:
         return Blocks(n=4, k=1024, warps=4, ahead=5)
     if k > 1024 and n < 4096:
         return Blocks(n=4, k=512, warps=4, ahead=10)
     return Blocks(n=8, k=256, warps=4, ahead=10)
+
+
+def _blocks(x: Tensor, weight: Tensor) -> Blocks | None:
+    if _override is not None:
+        return _override
+    return choose_blocks(compute_capability(x.device), x.shape[0], *weight.shape)
 
 
 def unsupported(
@@ -92,20 +134,20 @@ def unsupported(
     convolution: Convolution | None,
     residual: Tensor | None,
 ) -> str | None:
-    """Say why the kernels cannot take these inputs, or None when they can.
-
-    Other reasons than what they cannot take are good ones too: more rows than the kernels are for.
-    """
+    """Say why the kernels do not take these inputs, or None when they do."""
     if (reason := no_kernels(x) or no_kernels(weight)) is not None:
         return reason
     if (reason := needs_gradients(x, weight, residual)) is not None:
         return reason
-    if x.shape[0] > MOST_ROWS and _override is None:
-        return f"x has {x.shape[0]} rows; the kernels are for {MOST_ROWS} at most"
+    blocks = _blocks(x, weight)
+    if blocks is None:
+        return f"x has {x.shape[0]} rows, for which a library's product is faster"
     if not weight.is_contiguous():
         return "the weight is not contiguous"
     if any(t is not None and t.stride(1) != 1 for t in (x, gate, residual)):
         return "rows do not have unit stride"
+    if norm is not None and (norm.group_size or x.shape[1]) > MOST_INPUTS:
+        return f"the norm is over more than {MOST_INPUTS} inputs"
     if convolution is not None and (
         convolution.weight.shape[1] > MOST_TAPS
         or not convolution.weight.is_contiguous()
@@ -114,9 +156,8 @@ def unsupported(
         return f"the convolution has over {MOST_TAPS} taps, or its tensors are not contiguous"
     k = x.shape[1]
     group = k if norm is None or norm.group_size is None else norm.group_size
-    blocks = _override or choose_blocks(x.shape[0], *weight.shape)
     tiles = (k // group) * -(-group // _tile(blocks, group))
-    if not blocks.rows and tiles > MOST_TILES or k // group > MOST_GROUPS:
+    if (not blocks.rows and tiles > MOST_TILES) or k // group > MOST_GROUPS:
         return f"x has {k // group} groups of {group} inputs, too many tiles for one program"
     return None
 
@@ -154,12 +195,13 @@ def linear_step_triton(
     y = torch.empty(b, n, dtype=dtype if residual is None else residual.dtype, device=device)
     if b == 0:
         return y
-    blocks = _override or choose_blocks(b, n, k)
+    blocks = _blocks(x, weight)
+    assert blocks is not None
     group = k if norm is None or norm.group_size is None else norm.group_size
     taps = 0 if convolution is None else convolution.weight.shape[1]
     chain = chains(device)
     if norm is not None and blocks.rows and not blocks.folded:
-        x = _normalised(x, norm, gate, group, weight.dtype, chain)
+        x = normalised(x, norm, gate, weight.dtype)
         norm, gate, group = None, None, k
     tile = _tile(blocks, group)
     # A pointer that the kernel does not follow must still be one.
@@ -210,13 +252,12 @@ def linear_step_triton(
     return y
 
 
-
-def _normalised(
-    x: Tensor, norm: Norm, gate: Tensor | None, group: int, dtype: torch.dtype, chain: bool
-) -> Tensor:
-    """Run the norm in a kernel of its own."""
+def normalised(x: Tensor, norm: Norm, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Run the norm of ``linear_step`` in a kernel of its own; returns (b, k) in ``dtype``."""
     b, k = x.shape
+    group = norm.group_size or k
     y = torch.empty(b, k, dtype=dtype, device=x.device)
+    chain = chains(x.device)
     key = (signature(t) for t in (x, gate, norm.weight))
     launch = Launches(x.device, "linear_step norm", group, dtype, *key)
     with on_device(x.device):

@@ -65,9 +65,7 @@ def linear_step(
         return linear_step_triton(
             x, weight, bias, norm, gate, convolution, residual, out_dtype or weight.dtype
         )
-    return linear_step_composed(
-        x, weight, bias, norm, gate, convolution, residual, out_dtype, impl
-    )
+    return linear_step_composed(x, weight, bias, norm, gate, convolution, residual, out_dtype, impl)
 
 
 def _check(

@@ -11,7 +11,8 @@ from torch import Tensor
 from mamba2lm.ops.causal_conv1d.op import causal_conv1d_update
 from mamba2lm.ops.dispatch import Impl
 from mamba2lm.ops.gated_rms_norm.op import gated_rms_norm, rms_norm
-from mamba2lm.ops.kernels import needs_gradients
+from mamba2lm.ops.kernels import needs_gradients, no_kernels
+from mamba2lm.ops.linear_step.launch import MOST_INPUTS, normalised
 
 
 class Norm(NamedTuple):
@@ -49,7 +50,9 @@ def linear_step_composed(
     impl: Impl,
 ) -> Tensor:
     """Do the parts one by one, each operator with ``impl``; arguments as ``linear_step``."""
-    if norm is not None and gate is not None:
+    if norm is not None and impl == "auto" and _takes_step_norm(x, weight, norm, gate):
+        x = normalised(x, norm, gate, weight.dtype)
+    elif norm is not None and gate is not None:
         x = gated_rms_norm(
             x, gate, norm.weight, eps=norm.eps, group_size=norm.group_size, impl=impl
         )
@@ -78,6 +81,19 @@ def linear_step_composed(
     if residual is not None:
         return residual + y
     return y if out_dtype is None else y.to(out_dtype)
+
+
+def _takes_step_norm(x: Tensor, weight: Tensor, norm: Norm, gate: Tensor | None) -> bool:
+    """Return whether the small kernel for a step's norm takes these."""
+    return (
+        x.is_cuda
+        and no_kernels(x) is None
+        and no_kernels(weight) is None
+        and needs_gradients(x, weight, norm.weight, gate) is None
+        and x.stride(1) == 1
+        and (gate is None or gate.stride(1) == 1)
+        and (norm.group_size or x.shape[1]) <= MOST_INPUTS
+    )
 
 
 def _accumulates(x: Tensor, weight: Tensor, residual: Tensor | None) -> bool:

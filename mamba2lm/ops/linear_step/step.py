@@ -3,10 +3,10 @@
     u = RMSNorm(x silu(z)) · norm,   v = W u + bias,   v_c = silu(conv(v_c)),   y = residual + v
 
 Every part beside the product is optional. With few rows the time is that of reading W once, so a
-program takes some outputs n of all rows and streams their rows of W; what it needs of x is small and
-comes from the cache. The scale of a norm is one number a row and group: it is applied to the sums,
-so the norm costs no pass of its own. A convolution's channel is an output, so the program that makes
-it also owns what the channel remembers.
+program takes some outputs n of all rows and streams their rows of W; what it needs of x is small
+and comes from the cache. The scale of a norm is one number a row and group: it is applied to the
+sums, so the norm costs no pass of its own. A convolution's channel is an output, so the program
+that makes it also owns what the channel remembers.
 
 ``vector_kernel`` takes one row, with products in float32 outside the tensor cores; ``rows_kernel``
 takes up to a block of rows through ``tl.dot``; with many, ``norm_kernel`` goes before it.
@@ -185,10 +185,7 @@ def vector_kernel(
         total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         squares = tl.zeros((BLOCK_K,), tl.float32)
         for i in tl.static_range(g * TILES, g * TILES + TILES):
-            if i < AHEAD:
-                w = ahead[i]
-            else:
-                w = load_tile(rows_ptr, i, WIDTH, BLOCK_K)
+            w = ahead[i] if i < AHEAD else load_tile(rows_ptr, i, WIDTH, BLOCK_K)
             u, square = gate_and_square(xs[i], zs[i], norms[i], GATED, NORMED)
             squares += square
             total += w.to(tl.float32) * u[None, :]

@@ -34,8 +34,6 @@ class Blocks:
     rows: int
     """Rows of the state per program, a power of two, as far as there are so many."""
     warps: int
-    early: bool = False
-    """Load the state before waiting for the previous kernel."""
 
 
 _override: Blocks | None = None
@@ -97,6 +95,7 @@ def state_step_triton(
     dt_limit: tuple[float, float],
     A_is_log: bool,
     in_place: bool,
+    early: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel of the recurrence that the state belongs to.
 
@@ -120,8 +119,8 @@ def state_step_triton(
     y = torch.empty(x.shape, dtype=x.dtype, device=device)
     if x.numel() == 0:
         return y, new
-    A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))
-    assert A is not None
+    A = A.contiguous()
+    D, dt_bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
     blocks = _override or choose_blocks(state.numel(), n)
     size = state.shape[-2]
     rows = min(blocks.rows, _power(size))
@@ -129,7 +128,7 @@ def state_step_triton(
     clamp = limit_binds(dt_softplus, low, high)
     chain = chains(device)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias)
-    options = (dt_softplus, clamp, A_is_log, in_place)
+    options = (dt_softplus, clamp, A_is_log, in_place, early)
     launch = Launches(device, "state_step", blocks, options, *map(signature, tensors))
     pointers = (
         state, x, dt, A, B, C, A if D is None else D, x if z is None else z,
@@ -140,7 +139,7 @@ def state_step_triton(
         "HAS_Z": z is not None, "HAS_BIAS": dt_bias is not None, "SOFTPLUS": dt_softplus,
         "CLAMP": clamp, "LOGARITHM": A_is_log,
     }  # fmt: skip
-    ends = {"BLOCK_N": _power(n), "EARLY": blocks.early, "CHAIN": chain}
+    ends = {"BLOCK_N": _power(n), "EARLY": early, "CHAIN": chain}
     per_head = -(-size // rows)
     batch = x.shape[0]
     with on_device(device):

@@ -30,6 +30,7 @@ def ssd_state_update(
     dt_limit: tuple[float, float] = NO_LIMIT,
     A_is_log: bool = False,
     in_place: bool = False,
+    early: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Advance the SSD recurrence of Mamba-2 by one token.
@@ -48,6 +49,8 @@ def ssd_state_update(
         dt_limit: Smallest and largest step size Δ, honoured here as in ``ssd``.
         A_is_log: Whether ``A`` holds log(−A), as layers keep it.
         in_place: Overwrite ``state``, which is then what is returned.
+        early: A promise that the kernel before on a GPU's stream does not write ``state``, which
+            then may be read while that one ends.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -80,8 +83,8 @@ def ssd_state_update(
     if choose_impl("ssd_state_update", impl, x, unsupported=reason) == "triton":
         check_limit(dt_limit)
         return state_step_triton(
-            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place
-        )
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
+        )  # fmt: skip
     dtype = state_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         A = -torch.exp(A) if A_is_log else A
@@ -109,6 +112,7 @@ def selective_state_update(
     dt_limit: tuple[float, float] = NO_LIMIT,
     A_is_log: bool = False,
     in_place: bool = False,
+    early: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Advance the selective recurrence of Mamba-1 by one token.
@@ -127,6 +131,8 @@ def selective_state_update(
         dt_limit: Smallest and largest step size Δ, honoured here as in ``selective_scan``.
         A_is_log: Whether ``A`` holds log(−A), as layers keep it.
         in_place: Overwrite ``state``, which is then what is returned.
+        early: A promise that the kernel before on a GPU's stream does not write ``state``, which
+            then may be read while that one ends.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -155,8 +161,8 @@ def selective_state_update(
     if choose_impl("selective_state_update", impl, x, unsupported=reason) == "triton":
         check_limit(dt_limit)
         return state_step_triton(
-            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place
-        )
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
+        )  # fmt: skip
     dtype = state_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         A = -torch.exp(A) if A_is_log else A

@@ -10,8 +10,8 @@ in float32 whatever dtype the state is kept in.
 ``CHAIN``: see ``linear_step/step.py``. With ``EARLY`` the state too is loaded before waiting, which
 is right where the previous kernel on the stream does not write it.
 
-Letters: b batch, h heads, p head dim, g groups, d channels, n state. ``…_b`` is a tensor's stride of
-rows; all else is contiguous.
+Letters: b batch, h heads, p head dim, g groups, d channels, n state. ``…_b`` is a tensor's stride
+of rows; all else is contiguous.
 """
 
 # Triton compiles the bodies below; the types of Python are not the types of its language.
