@@ -96,7 +96,7 @@ def running(
     """Return a batch of rows that have read something, ready to step."""
     recurrent = torch.bfloat16 if state_dtype == "bfloat16" else None
     batch = Batch(model, rows, recurrent_dtype=recurrent, graphs=graphs)
-    slots = [Slot(None, tokens, sampling, i, (), None) for i in range(rows)]
+    slots = [Slot(None, tokens, 1 << 30, sampling, i, (), None) for i in range(rows)]
     state = state or model.new_state(1)
     logits_bv = torch.randn(rows, VOCAB_SIZE, device=model.embedding.weight.device)
     batch.join(slots, [state] * rows, logits_bv)
@@ -106,11 +106,11 @@ def running(
 def per_token(batch: Batch, *, repeats: int = 12) -> dict[str, float]:
     """Return milliseconds a step over strides, host included."""
     for _ in range(2):
-        batch.step(STRIDE)
+        batch.launch(STRIDE).tokens()
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        batch.step(STRIDE)  # fetches its tokens, so it ends when the device has
+        batch.launch(STRIDE).tokens()
         times.append((time.perf_counter() - began) / STRIDE * 1e3)
     times.sort()
     return {
@@ -124,9 +124,9 @@ def kernels(batch: Batch, top: int = 14) -> dict[str, Any]:
     """Return what the GPU does in a step: its own time, launches, and the longest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    batch.step(STRIDE)
+    batch.launch(STRIDE).tokens()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        batch.step(STRIDE)
+        batch.launch(STRIDE).tokens()
         torch.cuda.synchronize()
     events = [e for e in profiled.key_averages() if e.self_device_time_total > 0]
     events.sort(key=lambda e: -e.self_device_time_total)
