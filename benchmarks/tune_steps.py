@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.generation import PRESETS, VOCAB_SIZE
+from benchmarks.generation import PRESETS, VOCAB_SIZE, recorded_us
 from mamba2lm import ops
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.ops import Convolution, Norm
@@ -143,27 +143,6 @@ class Case:
             ops.linear_step(self.x, weight, **self.given)
 
 
-def microseconds(once: Callable[[], None], calls: int, repeats: int = 4) -> float:
-    """Return the time of one of the calls, recorded as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        once()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
-        once()
-        graph.capture_end()
-        times = []
-        for _ in range(repeats + 1):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            graph.replay()
-            ended.record()
-            stream.synchronize()
-            times.append(began.elapsed_time(ended) * 1e3 / calls)
-    return min(times[1:])
-
-
 def leave_to_library(case: Callable[[], Any]) -> Any:
     """Call with the operators for the parts."""
     launch.choose_blocks = lambda *_: None  # type: ignore[assignment]
@@ -176,7 +155,7 @@ def tune(product: Product, rows: int) -> dict[str, Any]:
     size = product.n * product.k * 2
     case = Case(product, rows, max(2, min(24, int(STREAMED // size) + 1)))
     expected = leave_to_library(case.result)
-    library = leave_to_library(lambda: microseconds(case.all, len(case.weights)))
+    library = leave_to_library(lambda: recorded_us(case.all, len(case.weights)))
     timed: list[tuple[float, Blocks]] = []
     for blocks in candidates(product, rows):
         launch.override_blocks(blocks)
@@ -186,7 +165,7 @@ def tune(product: Product, rows: int) -> dict[str, Any]:
             if error > 1e-2:
                 log.warning("%s is off by %.1e", blocks, error)
                 continue
-            timed.append((microseconds(case.all, len(case.weights)), blocks))
+            timed.append((recorded_us(case.all, len(case.weights)), blocks))
         except Exception as failure:
             log.warning("%s cannot be launched: %s", blocks, str(failure)[:200])
     launch.override_blocks(None)
