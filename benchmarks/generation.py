@@ -302,6 +302,7 @@ def update(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
                 -A_h.exp()[:, None, None].expand(h, p, n), B_b1n, C_b1n,
             ),
         ) -> None:  # fmt: skip
+            assert peer is not None
             for state in states:
                 peer(
                     state, *inputs, D_h[:, None].expand(h, p), z=None,

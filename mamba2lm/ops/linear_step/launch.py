@@ -1,7 +1,8 @@
 """Launch the kernels of ``linear_step``. Triton itself is imported on the first launch.
 
 How a shape is launched is read from ``tuned/*.json``, one file per GPU generation, written by
-``benchmarks/tune_steps.py``; shapes that are not there are launched by rule.
+``benchmarks/tune_steps.py``. Shapes that are not there are launched by rule where there is one row,
+and left to a library's product where there are more.
 
 Letters: b rows, k inputs, n outputs.
 """
@@ -107,10 +108,8 @@ def choose_blocks(major: int, rows: int, n: int, k: int) -> Blocks | None:
         return None
     if (held, n, k) in tuned(major):
         return tuned(major)[held, n, k]
-    if held > 16:
-        return None
     if held > 1:
-        return Blocks(n=16, k=256, warps=4, rows=held, stages=4, folded=False)
+        return None
     if n < 1024 and k > 4096:
         return Blocks(n=1, k=1024, warps=4, ahead=5)
     if k > 4096:
