@@ -356,6 +356,12 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
             {"logits": "*fp32", "best": "*fp32", "place": "*i32", "drawn": "*i64",
              "token": "*i64"}, target, num_warps=4,
         )  # fmt: skip
+    integers = dict.fromkeys(("seed", "drawn", "top_k", "token"), "*i64")
+    numbers = dict.fromkeys(("scores", "temperature", "top_p", "min_p"), "*fp32")
+    compile_kernel(
+        draw.sample_kernel, {"LIMITED": True, "BLOCK": 4096, "CHAIN": chain},
+        {**integers, **numbers}, target, num_warps=16,
+    )  # fmt: skip
     compile_kernel(
         convolution.convolve_step_kernel,
         {"HAS_BIAS": True, "SILU": True, "W": 4, "BLOCK": 256, "CHAIN": chain},

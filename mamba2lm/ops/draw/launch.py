@@ -1,4 +1,4 @@
-"""Launch the kernels of the draw of the most likely token. Triton is imported on the first launch.
+"""Launch the kernels of the draw of a token. Triton is imported on the first launch.
 
 Letters: b batch row, v vocabulary.
 """
@@ -55,5 +55,48 @@ def draw_greedily(logits_bv: Tensor, drawn_b: Tensor) -> Tensor:
         launch(
             _kernel("choose_kernel"), (batch, 1, 1), best_bs, place_bs, drawn_b, token_b,
             drawn_b.stride(0), warps=1, chain=chain, PARTS=PARTS, CHAIN=chain,
+        )  # fmt: skip
+    return token_b
+
+
+def draw_at_random(
+    scores_bv: Tensor,
+    *,
+    seed_b: Tensor,
+    drawn_b: Tensor,
+    top_k_b: Tensor,
+    temperature_b: Tensor,
+    top_p_b: Tensor,
+    min_p_b: Tensor,
+    limited: bool,
+) -> Tensor:
+    """Draw a token of each row by its settings, in float32.
+
+    Args:
+        scores_bv: Logits after any penalties, (b, v).
+        seed_b: int64; with ``drawn_b`` it decides the draw.
+        drawn_b: Tokens drawn so far, int64, with the strides of the others; one is added to each.
+        top_k_b: int64; 0 keeps all.
+        temperature_b: float32; 0 takes the most likely token.
+        top_p_b: float32; 1 keeps all.
+        min_p_b: float32; 0 keeps all.
+        limited: Whether any row has a top-k or top-p.
+
+    Returns:
+        (b,) int64; −1 where the largest score is not finite or any is NaN.
+    """
+    scores_bv, device = unit_stride(scores_bv), scores_bv.device
+    batch, vocab_size = scores_bv.shape
+    token_b = torch.empty(batch, dtype=torch.int64, device=device)
+    integers, numbers = (seed_b, drawn_b, top_k_b), (temperature_b, top_p_b, min_p_b)
+    assert len({t.stride(0) for t in integers}) == len({t.stride(0) for t in numbers}) == 1
+    chain = chains(device)
+    key = (signature(t) for t in (scores_bv, *integers, *numbers))
+    launch = Launches(device, "draw at random", limited, *key)
+    with on_device(device):
+        launch(
+            _kernel("sample_kernel"), (batch, 1, 1), scores_bv, *integers, *numbers, token_b,
+            scores_bv.stride(0), seed_b.stride(0), temperature_b.stride(0), vocab_size,
+            warps=16, chain=chain, LIMITED=limited, BLOCK=4096, CHAIN=chain,
         )  # fmt: skip
     return token_b
