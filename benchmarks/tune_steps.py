@@ -145,7 +145,7 @@ class Case:
 
 def leave_to_library(case: Callable[[], Any]) -> Any:
     """Call with the operators for the parts."""
-    launch.choose_blocks = lambda *_: None  # type: ignore[assignment]
+    launch.choose_blocks = lambda *_, **__: None  # type: ignore[assignment]
     launch.override_blocks(None)
     return case()
 

@@ -94,7 +94,7 @@ def tuned(major: int) -> dict[tuple[int, int, int], Blocks | None]:
 
 
 @lru_cache(maxsize=1024)
-def choose_blocks(major: int, rows: int, n: int, k: int) -> Blocks | None:
+def choose_blocks(major: int, rows: int, n: int, k: int, *, wide: bool) -> Blocks | None:
     """Return how to launch for a shape, or None to leave it to a library.
 
     Args:
@@ -102,7 +102,10 @@ def choose_blocks(major: int, rows: int, n: int, k: int) -> Blocks | None:
         rows: Tokens.
         n: Outputs.
         k: Inputs.
+        wide: Whether the weight is float32, which nothing is tuned for.
     """
+    if wide:
+        return Blocks(n=4, k=256, warps=4, ahead=4) if rows == 1 else None
     held = next((size for size in ROWS if rows <= size), None)
     if held is None:
         return None
@@ -122,7 +125,8 @@ def choose_blocks(major: int, rows: int, n: int, k: int) -> Blocks | None:
 def _blocks(x: Tensor, weight: Tensor) -> Blocks | None:
     if _override is not None:
         return _override
-    return choose_blocks(compute_capability(x.device), x.shape[0], *weight.shape)
+    wide = weight.element_size() > 2
+    return choose_blocks(compute_capability(x.device), x.shape[0], *weight.shape, wide=wide)
 
 
 def unsupported(
