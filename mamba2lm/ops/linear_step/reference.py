@@ -58,13 +58,13 @@ def linear_step_composed(
         )
     elif norm is not None:
         x = rms_norm(x, norm.weight, eps=norm.eps, out_dtype=norm.weight.dtype, impl=impl)
-    if convolution is None and bias is None and _accumulates(x, weight, residual):
+    plain = convolution is None and bias is None
+    if plain and impl == "auto" and _accumulates(x, weight, residual):
         # The library's product adds to the stream, or leaves float32, in its own kernel.
-        wide = torch.float32 if residual is None else residual.dtype
         if residual is not None:
-            return torch.addmm(residual, x, weight.t(), out_dtype=wide)
-        if out_dtype == wide:
-            return torch.mm(x, weight.t(), out_dtype=wide)
+            return torch.addmm(residual, x, weight.t(), out_dtype=residual.dtype)
+        if out_dtype == torch.float32:
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
     y = F.linear(x, weight, bias)
     if convolution is not None:
         start, stop = convolution.start, convolution.start + convolution.weight.shape[0]

@@ -214,7 +214,7 @@ def rows_kernel(
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
     here = (r < r_size)[None, :]
-    if CHAIN and AHEAD > 0:
+    if CHAIN and AHEAD * BLOCK_K >= LINE:
         line = tl.arange(0, AHEAD * BLOCK_K // LINE) * LINE
         prefetch(rows_ptr + tl.minimum(line, k_size - 1)[None, :])
     wait_for_previous(CHAIN)
