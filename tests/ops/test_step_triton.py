@@ -332,7 +332,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
         "HAS_TAPS_BIAS": True, "GROUPS": 2, "WIDTH": 768, "CHAIN": chain,
     }  # fmt: skip
     for rows, kernel in ((1, linear.vector_kernel), (16, linear.rows_kernel)):
-        blocks = VECTOR if rows == 1 else replace(ROWS, n=64, stages=4)
+        blocks = replace(VECTOR, k=256) if rows == 1 else replace(ROWS, n=64, k=64, stages=3)
         compile_kernel(
             kernel,
             {**parts, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 4, "ROWS": rows,
