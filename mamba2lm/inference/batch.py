@@ -141,7 +141,8 @@ class Batch:
         self._device = model.embedding.weight.device
         self._max_rows = max_rows
         self._recurrent_dtype = recurrent_dtype
-        self._grows = any(not block.mixer.constant_state for block in model.blocks)
+        self.grows = any(not block.mixer.constant_state for block in model.blocks)
+        """Whether a row takes more memory with every token."""
         self._capacity = self._room = 0
         self._state = model.new_state(0, recurrent_dtype=recurrent_dtype)
         self._rows = SamplingRows.new(0, self._device)
@@ -203,7 +204,7 @@ class Batch:
         self.reserve(count)
         tokens = max(slot.tokens for slot in self.slots) + count
         features = self._needs = self._needs or self._features(self.slots)
-        rows, slots = self._bucket(len(self)), _slots_for(tokens) if self._grows else 0
+        rows, slots = self._bucket(len(self)), _slots_for(tokens) if self.grows else 0
         once = self._once(rows, slots, features)
         if self._graphs is not None:
             scratch = self._once(rows, slots, features, scratch=True)
@@ -311,7 +312,7 @@ class Batch:
             self._rows = self._rows.grown(capacity)
             self._state, self._token_b, self._capacity = state, token_b, capacity
             self._forget_graphs()
-        if self._grows and tokens > self._room:
+        if self.grows and tokens > self._room:
             self._state = self._model.reserve(self._state, _slots_for(tokens))
             self._room = _slots_for(tokens)
             self._forget_graphs()

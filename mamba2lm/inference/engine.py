@@ -340,10 +340,15 @@ class Engine:
     def _next_group(self, budget: int) -> tuple[list[Job], int]:
         """Return which jobs read how many tokens next, within the budget if that is possible.
 
-        Jobs take turns. Where reading together pays, jobs with the same number of tokens to read
-        do; in a crowd all numbers are powers of two and the smallest go first, so that any number
-        of unequal prompts takes a few passes. Every fourth pass is the next one's in turn.
+        Jobs take turns. Where reading together pays, whole new prompts are read in one pass, behind
+        a stretch that is no part of them where they are unequal; then jobs with the same number of
+        tokens to read; in a crowd all numbers are powers of two and the smallest go first, so that
+        any number of unequal prompts takes a few passes. Every fourth pass is the next one's in
+        turn.
         """
+        whole, longest = self._whole_prompts(budget)
+        if len(whole) > 1:
+            return whole, longest
         crowd = self._together and len(self._reading) >= _CROWD
         head = self._reading[0]
         self._passes += 1
@@ -354,6 +359,27 @@ class Engine:
             return [head], length
         group = [job for job in self._reading if self._chunk(job, crowd) == length]
         return group[: max(budget // length, 1)], length
+
+    def _whole_prompts(self, budget: int) -> tuple[list[Job], int]:
+        """Return new prompts that one pass of rows as long as the longest may read to their ends.
+
+        At most half of such a pass is lost. An attention cache would keep what is lost.
+        """
+        group: list[Job] = []
+        longest = total = 0
+        if not self._together or self.batch.grows:
+            return group, longest
+        for job in self._reading:
+            length = len(job.request.prompt_ids)
+            new = job.position == 0 and job.read is None and job.cuts == [length]
+            if not new or job.request.prompt_logprobs:
+                continue
+            longer = max(longest, length)
+            padded = (len(group) + 1) * longer
+            if padded <= min(budget, 2 * (total + length)):
+                group.append(job)
+                longest, total = longer, total + length
+        return group, longest
 
     def _chunk(self, job: Job, crowd: bool) -> int:
         """Return how many tokens a job reads next; without a crowd its prompt alone decides."""
@@ -376,8 +402,9 @@ class Engine:
             # One of them may be at fault; the others must not suffer.
             return [job for alone in group for job in self._read_chunk([alone], length)]
         for job in group:
-            job.position += length
-            self.stats.prompt_tokens += length
+            read = min(length, len(job.request.prompt_ids) - job.position)
+            job.position += read
+            self.stats.prompt_tokens += read
             if job.request.state is None and job.position in job.cuts and self.cache.budget:
                 assert job.read is not None
                 ids = job.request.prompt_ids[: job.position]
@@ -388,15 +415,22 @@ class Engine:
     @torch.inference_mode()
     def _forward(self, group: list[Job], length: int) -> None:
         chunks = [job.request.prompt_ids[job.position : job.position + length] for job in group]
-        ids_bl = torch.tensor([list(chunk) for chunk in chunks], device=self.device)
+        # What is shorter ends with the others, behind a document that is forgotten where it begins.
+        missing = [length - len(chunk) for chunk in chunks]
+        rows = [[0] * n + list(chunk) for n, chunk in zip(missing, chunks, strict=True)]
+        ids_bl = torch.tensor(rows, device=self.device)
+        seq_idx_bl = None
+        if any(missing):
+            begins = torch.tensor(missing, device=self.device)
+            seq_idx_bl = (torch.arange(length, device=self.device) >= begins[:, None]).long()
         states = [job.read or self.model.new_state(1) for job in group]
         state = states[0] if len(group) == 1 else ModelState.concat(states)
         scored = any(job.request.prompt_logprobs for job in group)
-        output = self.model(ids_bl, state=state, last_only=not scored)
+        output = self.model(ids_bl, seq_idx=seq_idx_bl, state=state, last_only=not scored)
         assert output.logits is not None
         assert output.state is not None
         for i, job in enumerate(group):
-            last = job.position + length == len(job.request.prompt_ids)
+            last = job.position + len(chunks[i]) == len(job.request.prompt_ids)
             if job.request.prompt_logprobs:
                 self._score(job, output.logits[i], last)
             job.read = output.state if len(group) == 1 else output.state.rows([i])

@@ -301,8 +301,14 @@ def test_a_crowd_of_unequal_prompts_is_read_in_few_passes(
     built._together = True  # as on a GPU
     jobs = [built.submit(request) for request in requests]
     built.run(jobs)
-    assert sum(count_read) == sum(map(len, prompts))
-    assert len(count_read) <= 10
+    read = sum(map(len, prompts))
+    if built.batch.grows:
+        assert sum(count_read) == read
+        assert len(count_read) <= 10
+    else:  # whole, the shorter behind something else
+        assert read < sum(count_read) <= 2 * read
+        assert len(count_read) <= 4
+    assert built.stats.prompt_tokens == 2 * read
     for job, single in zip(jobs, expected, strict=True):
         assert tokens_of(job) == tokens_of(single)
         for mine, theirs in zip(job.rows[0].logprobs, single.rows[0].logprobs, strict=True):
