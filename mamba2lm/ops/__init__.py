@@ -9,10 +9,12 @@ from mamba2lm.ops.gated_rms_norm.op import gated_rms_norm, rms_norm, rms_norm_re
 from mamba2lm.ops.linear_cross_entropy.op import linear_cross_entropy
 from mamba2lm.ops.linear_step.op import linear_step
 from mamba2lm.ops.linear_step.reference import Convolution, Norm
+from mamba2lm.ops.rotary.op import rotary_heads
 from mamba2lm.ops.selective_scan.op import selective_scan
 from mamba2lm.ops.ssd.carry import carried_outputs
 from mamba2lm.ops.ssd.op import ssd
 from mamba2lm.ops.state_update.op import selective_state_update, ssd_state_update
+from mamba2lm.ops.swiglu.op import swiglu
 
 __all__ = [
     "Convolution",
@@ -25,8 +27,10 @@ __all__ = [
     "linear_step",
     "rms_norm",
     "rms_norm_residual",
+    "rotary_heads",
     "selective_scan",
     "selective_state_update",
     "ssd",
     "ssd_state_update",
+    "swiglu",
 ]

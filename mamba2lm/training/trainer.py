@@ -25,6 +25,7 @@ from mamba2lm.distributed import Mesh, ParallelConfig, World
 from mamba2lm.distributed.watchdog import Watchdog, store_of_run
 from mamba2lm.host import cpu_has_fast_bf16
 from mamba2lm.models import LanguageModel
+from mamba2lm.ops.dispatch import implementations_taken
 from mamba2lm.schema import ConfigError
 from mamba2lm.training.carry import CarriedStates, check_carried
 from mamba2lm.training.checkpoint import (
@@ -34,6 +35,7 @@ from mamba2lm.training.checkpoint import (
     clear_partial,
     restore,
 )
+from mamba2lm.training.dropout import Dropout
 from mamba2lm.training.hardware import memory_in_use, peak_flops
 from mamba2lm.training.metrics import (
     Metrics,
@@ -86,6 +88,8 @@ class TrainingConfig:
     """auto: bf16 where the device multiplies it in hardware, else fp32."""
     max_grad_norm: float = 1.0
     seed: int = 0
+    dropout: float = 0.0
+    """Share of the embedding and of each sub-layer's output left out at random while training."""
     carry_state: bool = False
     """Begin each window from the state that the one before it in the text left (truncated
     back-propagation); batches are then batch_size texts read side by side, in order."""
@@ -132,6 +136,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"training.{name}", value, "must be ≥ 1, or null.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("training.dropout", self.dropout, "must be in [0, 1).")
         if self.spike_sigmas is not None and not self.spike_sigmas > 0:
             raise ConfigError(
                 "training.spike_sigmas", self.spike_sigmas, "must be positive, or null."
@@ -224,6 +230,16 @@ class Trainer:
         if config.carry_state:
             check_carried(model, self.mesh)
         torch.manual_seed(config.seed)
+        self.dropout = None
+        if config.dropout:
+            if self.mesh.tensor is not None:
+                raise ConfigError(
+                    "training.dropout",
+                    config.dropout,
+                    "is for whole sub-layers, which parallel.tensor divides; use 0 or "
+                    "parallel.tensor=1.",
+                )
+            self.dropout = Dropout(model, config.dropout, seed=config.seed, rank=rank)
         self.flops_per_token = 3 * model.flops_per_token(corpus.sequence_length)
         self.parallel = ParallelModel(
             model,
@@ -275,7 +291,7 @@ class Trainer:
             return True
         validates = config.eval_every > 0 and self.corpus.validation is not None
         meter = Meter()
-        bad_steps = 0
+        bad_steps, first = 0, True
         if self.world.is_main:
             clear_partial(self.run)
         with (
@@ -293,7 +309,12 @@ class Trainer:
                 begin = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(self.micro_steps)]
                 meter.data_wait += time.perf_counter() - begin
+                if self.dropout is not None:
+                    self.dropout.begin_step(progress.step)
                 loss, grad_norm, stop = self.forward_backward(micro_batches)
+                if first and self.world.is_main:
+                    log.info("operators ran on: %s", implementations_taken())
+                first = False
                 meter.waited += self.waited
                 meter.steps += 1
                 if self._is_good(loss, grad_norm):
@@ -357,8 +378,10 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             with self.parallel.micro_batch(last=i == len(micro_batches) - 1):
                 loss = self._loss_sum(self.parallel.call, batch, micro_step=i)
-                # Processes average their gradients: times their number is the sum.
-                (loss * (averaged / max(count, 1.0))).backward()
+                # Processes average their gradients: times their number is the sum. Another thread
+                # would launch the same kernels after a hand-over in each direction.
+                with torch.autograd.set_multithreading_enabled(False):
+                    (loss * (averaged / max(count, 1.0))).backward()
                 total += loss.detach()
         self.parallel.finish_gradients()
         grad_norm = self.parallel.clip_gradients(self.config.max_grad_norm)
