@@ -4,11 +4,12 @@ A prompt of any length is read through ``LanguageModel.forward`` in chunks; what
 state whose size does not depend on its length (attention apart). From there the running batch
 (``batch.py``) feeds one token a row and step. Between two steps at most ``prefill_chunk`` prompt
 tokens are read, in turns, so a long prompt delays neither the rows that decode nor the prompts
-behind it. Nothing is ever padded.
+behind it.
 
-On a CPU, where a prompt is cut into chunks depends on that prompt alone (and on what the state
-cache holds); a GPU, where a small pass takes as long as a larger one, reads prompts together. Rows
-of a batch do not touch each other; so what a request gets is what it would get alone.
+On a CPU nothing is padded, and where a prompt is cut into chunks depends on that prompt alone (and
+on what the state cache holds); a GPU, where a small pass takes as long as a larger one, reads
+prompts together. Rows of a batch do not touch each other; so what a request gets is what it would
+get alone.
 
 Axes: b batch row, l length, v vocabulary.
 """
