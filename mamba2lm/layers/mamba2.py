@@ -222,7 +222,7 @@ class Mamba2(Mixer):
             self.conv1d.weight.squeeze(1), self.conv1d.bias,
             self.A_log, self.D, self.dt_bias, self.norm.weight,
             self.out_proj.weight, self.out_proj.bias,
-            sizes=self._sizes(), seq_idx_bl=seq_idx_bl,
+            sizes=self._sizes(), seq_idx_bl=seq_idx_bl, keep_outputs=self.keep_outputs,
         )  # fmt: skip
 
     def _forward_stretch(
