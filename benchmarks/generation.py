@@ -274,7 +274,7 @@ def update(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=models.device)
 
-    A_h, D_h, bias_h = randn(h), randn(h), randn(h)
+    A_h, D_h, bias_h = torch.nn.Parameter(randn(h)), randn(h), randn(h)
     for rows, dtype in (
         (1, torch.float32), (64, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16),
     ):  # fmt: skip
@@ -299,7 +299,7 @@ def update(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
             states: list[torch.Tensor] = states,
             inputs: tuple[torch.Tensor, ...] = (
                 x_bhp, dt_bh[:, :, None].expand(rows, h, p),
-                -A_h.exp()[:, None, None].expand(h, p, n), B_b1n, C_b1n,
+                -A_h.detach().exp()[:, None, None].expand(h, p, n), B_b1n, C_b1n,
             ),
         ) -> None:  # fmt: skip
             assert peer is not None

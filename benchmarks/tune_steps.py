@@ -109,13 +109,13 @@ class Case:
             return torch.randn(*shape, device="cuda").to(dtype)
 
         n, k = product.n, product.k
-        self.weights = [randn(n, k) * k**-0.5 for _ in range(copies)]
+        self.weights = [torch.nn.Parameter(randn(n, k) * k**-0.5) for _ in range(copies)]
         stream = product.normed and not product.gated
         self.x = randn(rows, k, dtype=torch.float32 if stream else torch.bfloat16)
         self.given: dict[str, Any] = {}
         self.kept: Tensor | None = None
         if product.normed:
-            self.given["norm"] = Norm(randn(k))
+            self.given["norm"] = Norm(torch.nn.Parameter(randn(k)))
         if product.gated:
             self.given["gate"] = randn(rows, 2 * k)[:, :k]
         if product.residual:

@@ -38,7 +38,8 @@ class Request:
     """Leave the state after the first continuation in ``Job.state``."""
     cache_reply: bool = False
     """Put that state in the state cache, for a prompt that goes on from there. Not where the text
-    ended before the last of several tokens drawn at once: the state then has read too far."""
+    ended before the last of several tokens drawn at once, or steps went on for other rows before it
+    was known to end: the state then has read too far."""
 
 
 @dataclass

@@ -53,11 +53,18 @@ def override_chain(chain: bool | None) -> None:
     _chain = chain
 
 
-def chains(device: torch.device) -> bool:
-    """Return whether kernels of a step begin before the previous one on the stream has ended.
+def chains(device: torch.device, *constants: Tensor | None) -> bool:
+    """Return whether a kernel of a step begins before the previous one on the stream has ended.
 
     Programmatic dependent launch, which NVIDIA's GPUs have from compute capability 9 on.
+
+    Args:
+        device: Where it runs.
+        constants: What it reads before it waits. Only parameters will do: what a kernel before has
+            just computed may not be there yet.
     """
+    if not all(tensor is None or isinstance(tensor, torch.nn.Parameter) for tensor in constants):
+        return False
     able = compute_capability(device) >= 9
     return able if _chain is None else able and _chain
 

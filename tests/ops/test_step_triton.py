@@ -285,8 +285,9 @@ def test_half_precision_state_update_loses_no_more_than_plain_pytorch(
 def test_kernels_that_overlap_compute_what_kernels_in_turn_do() -> None:
     """Hundreds of dependent kernels, each of which may begin before the last has ended."""
     k = 512
-    weights = [randn(k, k, seed=i).to(torch.bfloat16) * k**-0.5 for i in range(50)]
-    norm = Norm(torch.ones(k, device=DEVICE, dtype=torch.bfloat16))
+    # Only parameters are read before the previous kernel has ended.
+    weights = [torch.nn.Parameter(randn(k, k, seed=i).bfloat16() * k**-0.5) for i in range(50)]
+    norm = Norm(torch.nn.Parameter(torch.ones(k, device=DEVICE, dtype=torch.bfloat16)))
     state = randn(1, 8, 64, 64)
     given: dict[str, Any] = {
         "dt": randn(1, 8),
@@ -300,8 +301,9 @@ def test_kernels_that_overlap_compute_what_kernels_in_turn_do() -> None:
         for weight in weights * 4:
             x = ops.linear_step(x, weight, norm=norm, impl="triton")
             y, _ = ops.ssd_state_update(
-                kept, x.view(1, 8, 64), **given, dt_softplus=True, A_is_log=True, in_place=True
-            )
+                kept, x.view(1, 8, 64), **given, dt_softplus=True, A_is_log=True, in_place=True,
+                early=True,
+            )  # fmt: skip
             x = ops.linear_step(y.flatten(1), weight, residual=x, impl="triton")
         return x, kept
 
@@ -376,6 +378,16 @@ def test_kernels_say_what_they_cannot_take(monkeypatch: pytest.MonkeyPatch) -> N
         ops.linear_step(x, weight, impl="triton")
     with pytest.raises(ValueError, match="no gradient"), torch.enable_grad():
         ops.linear_step(x[:1], weight.requires_grad_(), impl="triton")
+
+
+def test_kernels_read_only_parameters_before_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "compute_capability", lambda _: 9)
+    device, parameter = torch.device("cpu"), torch.nn.Parameter(torch.ones(2))
+    assert kernels.chains(device)
+    assert kernels.chains(device, parameter, None)
+    assert not kernels.chains(device, parameter, parameter + 1)
+    monkeypatch.setattr(kernels, "compute_capability", lambda _: 8)
+    assert not kernels.chains(device, parameter)
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -64,7 +64,7 @@ def convolve_step(
         return y, new
     chain = chains(x.device)
     key = (signature(t) for t in (x, old, weight, bias, out))
-    launch = Launches(x.device, "convolve step", silu, in_place, *key)
+    launch = Launches(x.device, "convolve step", silu, in_place, chain, *key)
     with on_device(x.device):
         launch(
             _kernel(), (-(-d // CHANNELS), b, 1),

@@ -30,11 +30,10 @@ def convolve_step_kernel(
     b = tl.cast(tl.program_id(1), tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = d < d_size
-    taps = ()
+    wait_for_previous(CHAIN)
+    taps, window = (), ()
     for j in tl.static_range(W):
         taps = taps + (tl.load(weight_ptr + d * W + j, mask=real, other=0.0).to(tl.float32),)
-    wait_for_previous(CHAIN)
-    window = ()
     for j in tl.static_range(W - 1):
         window = window + (tl.load(state_ptr + b * state_b + j * d_size + d, mask=real, other=0.0),)
     fresh = tl.load(x_ptr + b * x_b + d, mask=real, other=0.0)

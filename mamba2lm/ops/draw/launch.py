@@ -45,7 +45,7 @@ def draw_greedily(logits_bv: Tensor, drawn_b: Tensor) -> Tensor:
     best_bs = torch.empty(batch, PARTS, dtype=torch.float32, device=device)
     place_bs = torch.empty(batch, PARTS, dtype=torch.int32, device=device)
     chain = chains(device)
-    launch = Launches(device, "draw greedily", signature(logits_bv), signature(drawn_b))
+    launch = Launches(device, "draw greedily", chain, signature(logits_bv), signature(drawn_b))
     with on_device(device):
         launch(
             _kernel("best_kernel"), (PARTS, batch, 1), logits_bv, best_bs, place_bs,
@@ -92,7 +92,7 @@ def draw_at_random(
     assert len({t.stride(0) for t in integers}) == len({t.stride(0) for t in numbers}) == 1
     chain = chains(device)
     key = (signature(t) for t in (scores_bv, *integers, *numbers))
-    launch = Launches(device, "draw at random", limited, *key)
+    launch = Launches(device, "draw at random", limited, chain, *key)
     with on_device(device):
         launch(
             _kernel("sample_kernel"), (batch, 1, 1), scores_bv, *integers, *numbers, token_b,

@@ -202,10 +202,10 @@ def linear_step_triton(
     assert blocks is not None
     group = k if norm is None or norm.group_size is None else norm.group_size
     taps = 0 if convolution is None else convolution.weight.shape[1]
-    chain = chains(device)
     if norm is not None and blocks.rows and not blocks.folded:
         x = normalised(x, norm, gate, weight.dtype)
         norm, gate, group = None, None, k
+    chain = chains(device, weight, None if norm is None else norm.weight)
     tile = _tile(blocks, group)
     # A pointer that the kernel does not follow must still be one.
     kept = x if convolution is None or taps == 1 else convolution.state
@@ -218,7 +218,7 @@ def linear_step_triton(
     )
     launch = Launches(
         device, "linear_step", blocks, group, dtype, *map(signature, tensors),
-        norm is None, gate is None, channels, start,
+        norm is None, gate is None, channels, start, chain,
     )  # fmt: skip
     pointers = (
         x, x if gate is None else gate, x if norm is None else norm.weight, weight,
@@ -260,9 +260,9 @@ def normalised(x: Tensor, norm: Norm, gate: Tensor | None, dtype: torch.dtype) -
     b, k = x.shape
     group = norm.group_size or k
     y = torch.empty(b, k, dtype=dtype, device=x.device)
-    chain = chains(x.device)
+    chain = chains(x.device, norm.weight)
     key = (signature(t) for t in (x, gate, norm.weight))
-    launch = Launches(x.device, "linear_step norm", group, dtype, *key)
+    launch = Launches(x.device, "linear_step norm", group, dtype, chain, *key)
     with on_device(x.device):
         launch(
             _kernel("norm_kernel"), (b, k // group, 1),

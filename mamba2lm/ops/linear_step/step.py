@@ -13,7 +13,7 @@ takes up to a block of rows through ``tl.dot``; with many, ``norm_kernel`` goes 
 
 With ``CHAIN`` the next kernel of the stream may begin while this one ends (programmatic dependent
 launch): what precedes ``wait_for_previous`` may read only what no kernel of the last few writes,
-that is weights; so their first tiles are on their way while the previous kernel still runs.
+that is parameters; so their first tiles are on their way while the previous kernel still runs.
 
 Letters: r rows (batch), n outputs, k inputs, c convolved channels.
 """

@@ -119,6 +119,7 @@ def state_step_triton(
     y = torch.empty(x.shape, dtype=x.dtype, device=device)
     if x.numel() == 0:
         return y, new
+    chain = chains(device, A)
     A = A.contiguous()
     D, dt_bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
     blocks = _override or choose_blocks(state.numel(), n)
@@ -126,9 +127,8 @@ def state_step_triton(
     rows = min(blocks.rows, _power(size))
     low, high = dt_limit
     clamp = limit_binds(dt_softplus, low, high)
-    chain = chains(device)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias)
-    options = (dt_softplus, clamp, A_is_log, in_place, early)
+    options = (dt_softplus, clamp, A_is_log, in_place, early, chain)
     launch = Launches(device, "state_step", blocks, options, *map(signature, tensors))
     pointers = (
         state, x, dt, A, B, C, A if D is None else D, x if z is None else z,

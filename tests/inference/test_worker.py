@@ -1,0 +1,49 @@
+"""The way from the engine's thread to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from mamba2lm.inference import Engine
+from mamba2lm.inference.decoding import FinishReason
+from mamba2lm.inference.worker import Piece, Ticket, Worker
+from tests.inference import helpers
+
+
+def piece(text: str, reason: FinishReason | None = None) -> Piece:
+    return Piece(0, text, 1, [], reason, None, 0.0)
+
+
+def test_pieces_of_one_text_go_together_and_ends_do_not_wait() -> None:
+    worker = Worker(Engine(helpers.model("MM"), helpers.tokenizer()), max_waiting=4)
+    calls: list[Any] = []
+
+    async def run() -> list[list[Piece]]:
+        loop = asyncio.get_running_loop()
+        worker._loop = loop
+        schedule = loop.call_soon_threadsafe
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            calls.append(arguments)
+            return schedule(*arguments, **options)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        going, ending = Ticket(), Ticket()
+        worker._say(going, piece("a"))
+        worker._say(ending, piece("x"))
+        worker._say(going, piece("b"))
+        worker._say(ending, piece("y", "stop"))
+        worker._flush(only_ends=True)
+        await asyncio.sleep(0)
+        assert going.pieces.empty()
+        worker._say(going, piece("c"))
+        worker._flush()
+        worker._flush()
+        await asyncio.sleep(0)
+        return [[t.pieces.get_nowait() for _ in range(t.pieces.qsize())] for t in (going, ending)]
+
+    (whole,), (end,) = asyncio.run(run())
+    assert (whole.text, whole.tokens, whole.finish_reason) == ("abc", 3, None)
+    assert (end.text, end.tokens, end.finish_reason) == ("xy", 2, "stop")
+    assert len(calls) == 2
