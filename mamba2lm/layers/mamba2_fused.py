@@ -1,10 +1,10 @@
 """A whole Mamba-2 mixer as one autograd node, made of the operators' kernels.
 
 The same mathematics as ``Mamba2.forward``, with three savings that separate operators cannot make:
-the backward passes of the norm and of the convolution write their parts of one gradient of the
-fused projection in place, nothing is split or joined; the convolution's output and the normalised
-output, cheap to make, are made again instead of kept; and gradients of the two matrices leave
-their products in the dtype of the weights.
+the backward passes of the norm, the SSD and the convolution write their large gradients where they
+belong, side by side in those of the convolution's output and of the fused projection; the
+convolution's output and the normalised output, cheap to make, are made again instead of kept; and
+gradients of the two matrices leave their products in the dtype of the weights.
 
 Axes: b batch, l length, t tokens (b · l), d model width, i inner width, h heads, p head dim,
 g groups, n state, c convolved channels (x, B and C side by side), j rows of the projection

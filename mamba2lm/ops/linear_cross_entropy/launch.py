@@ -29,6 +29,8 @@ class Blocks:
     """Logits at a time, a power of two."""
     warps: int = 16
     """Many, so that few rows are on their way and the second reading finds them in the cache."""
+    registers: int | None = 64
+    """The most that a thread may use, so that two programs fit on a multiprocessor of NVIDIA's."""
     stages: int = 1
     """Depth of software pipelining over the first reading."""
 
@@ -81,7 +83,8 @@ def softmax_gradient(
         launch(
             _kernel(), (rows, 1, 1),
             logits_sv, labels_s, loss_s, stride // unit, vocab_size, padded // unit, ignore_index,
-            warps=blocks.warps, GRADIENT=gradient, BLOCK=blocks.elements, UNIT=unit,
+            warps=blocks.warps, registers=None if torch.version.hip else blocks.registers,
+            GRADIENT=gradient, BLOCK=blocks.elements, UNIT=unit,
             STAGES=blocks.stages,
         )  # fmt: skip
     return loss_s
