@@ -87,8 +87,10 @@ def evaluate_length(
         stream += [tokenizer.eos_id, *ids]
     usable = sorted(set(config.multiples))
     # A stretch that every window length divides, so that all of them score the same tokens.
-    while usable and math.lcm(*usable) * length >= len(stream):
+    whole = math.lcm(*usable) * length
+    while usable and whole >= len(stream):
         usable.pop()
+        whole = math.lcm(*usable) * length
     if not usable:
         raise ConfigError(
             "length.length",
@@ -96,7 +98,6 @@ def evaluate_length(
             f"the text has {len(stream):,} tokens, too few for one window; use a shorter length "
             "or more text.",
         )
-    whole = math.lcm(*usable) * length
     tokens = (len(stream) - 1) // whole * whole
     inputs_l, labels_l = torch.tensor(stream[:tokens]), torch.tensor(stream[1 : tokens + 1])
     reader = Reader(model, form, chunk=chunk)

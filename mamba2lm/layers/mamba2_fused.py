@@ -3,8 +3,8 @@
 The same mathematics as ``Mamba2.forward``, with three savings that separate operators cannot make:
 the backward passes of the norm, the SSD and the convolution write their large gradients where they
 belong, side by side in those of the convolution's output and of the fused projection; the
-convolution's output and the normalised output, cheap to make, are made again instead of kept; and
-gradients of the two matrices leave their products in the dtype of the weights.
+convolution's output and the normalised output, cheap to make, are made again unless asked to be
+kept; and gradients of the two matrices leave their products in the dtype of the weights.
 
 Axes: b batch, l length, t tokens (b · l), d model width, i inner width, h heads, p head dim,
 g groups, n state, c convolved channels (x, B and C side by side), j rows of the projection
@@ -99,6 +99,7 @@ def fused_mamba2(
     *,
     sizes: Sizes,
     seq_idx_bl: Tensor | None = None,
+    keep_outputs: bool = False,
 ) -> Tensor:
     """Run a Mamba-2 mixer from its input to its output, without states on either side.
 
@@ -117,6 +118,7 @@ def fused_mamba2(
         out_bias_d: Its bias, or None.
         sizes: The mixer's.
         seq_idx_bl: Document ids, or None.
+        keep_outputs: Keep the convolution's and the norm's outputs for the backward pass.
 
     Returns:
         (b, l, d) in the dtype of ``x_bld``. Differentiable once in every float tensor.
@@ -127,7 +129,7 @@ def fused_mamba2(
     with torch.autocast(x_bld.device.type, enabled=False):
         return _FusedMamba2.apply(
             x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_log_h, D_h, dt_bias_h,
-            norm_weight_i, out_weight_di, out_bias_d, document_bl, sizes,
+            norm_weight_i, out_weight_di, out_bias_d, document_bl, sizes, keep_outputs,
         )  # fmt: skip
 
 
@@ -152,6 +154,7 @@ class _FusedMamba2(torch.autograd.Function):
         out_bias_d: Tensor | None,
         document_bl: Tensor | None,
         sizes: Sizes,
+        keep_outputs: bool,
     ) -> Tensor:
         dtype = x_bld.dtype
         linear = torch.nn.functional.linear
@@ -172,6 +175,7 @@ class _FusedMamba2(torch.autograd.Function):
         ctx.save_for_backward(
             x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
             norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
+            *((convolved_blc, normed_bli) if keep_outputs else (None, None)),
         )  # fmt: skip
         ctx.sizes = sizes
         return linear(normed_bli, out_weight_di.to(dtype), _cast(out_bias_d, dtype))
@@ -189,6 +193,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     (
         x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
         norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
+        convolved_blc, normed_bli,
     ) = ctx.saved_tensors  # fmt: skip
     sizes: Sizes = ctx.sizes
     wanted = ctx.needs_input_grad
@@ -198,25 +203,28 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     dz_bli, dxBC_blc, ddt_blh = sizes.split_projection(dproj_blj)
     dproj_blj[..., sizes.inner + sizes.convolved + sizes.heads :] = 0
 
-    # Out of the block: dz lands in its place; the normalised output is made again on the way.
+    # Out of the block: dz lands in its place; the normalised output may be made again on the way.
     dout_td = dout_bld.reshape(-1, dout_bld.shape[-1])
     dnormed_ti = dout_td @ out_weight_di.to(dtype)
-    normed_bli = torch.empty(z_bli.shape, dtype=dtype, device=z_bli.device)
+    anew_bli = None
+    if normed_bli is None:
+        normed_bli = anew_bli = torch.empty(z_bli.shape, dtype=dtype, device=z_bli.device)
     dy_bli, _, _, dnorm_weight_i = norm.backward(
         dnormed_ti.view(z_bli.shape), None, y_blhp.flatten(2), z_bli, norm_weight_i, scale,
-        sizes.norm_group, dtype, dz_out=dz_bli, y_out=normed_bli,
+        sizes.norm_group, dtype, dz_out=dz_bli, y_out=anew_bli,
     )  # fmt: skip
     dout_weight_di = dout_bias_d = None
     if wanted[9]:
         dout_weight_di = matrix_gradient(dout_td, normed_bli.flatten(0, 1), out_weight_di.dtype)
     if wanted[10]:
         dout_bias_d = bias_gradient(dout_td, out_bias_d.dtype)
-    del dnormed_ti, normed_bli
+    del dnormed_ti, normed_bli, anew_bli
 
-    # Through the SSD, over the convolution's output made again.
-    convolved_blc, _ = conv.forward(
-        xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True, False
-    )
+    # Through the SSD, over the convolution's output.
+    if convolved_blc is None:
+        convolved_blc, _ = conv.forward(
+            xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True, False
+        )
     x_blhp, B_blgn, C_blgn = sizes.split_convolved(convolved_blc)
     dconvolved_blc = torch.empty_like(convolved_blc)
     dx_blhp, dB_out, dC_out = sizes.split_convolved(dconvolved_blc)
@@ -256,6 +264,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         dnorm_weight_i,
         dout_weight_di,
         dout_bias_d,
+        None,
         None,
         None,
     )
