@@ -81,14 +81,11 @@ def identity(config: SweepConfig) -> dict[str, Any]:
 
 
 def specs(config: SweepConfig) -> list[Spec]:
-    """Return all cells, those that say most first: rates from the middle outwards, every seed."""
-    rates = sorted(config.learning_rates)
-    middle = (len(rates) - 1) / 2
-    outwards = [rates[i] for i in sorted(range(len(rates)), key=lambda i: abs(i - middle))]
+    """Return all cells in the order they are trained in: rate by rate as given, every seed."""
     return [
         Spec(dataset, model, width, rate, seed)
         for rate, seed, dataset, width, model in itertools.product(
-            outwards, config.seeds, config.datasets, config.widths, config.models
+            config.learning_rates, config.seeds, config.datasets, config.widths, config.models
         )
     ]
 

@@ -96,6 +96,7 @@ class SweepConfig:
     """By name, as in the figure's legend, mappings of `ModelEntry`'s fields."""
     widths: list[int] = field(default_factory=lambda: [64])
     learning_rates: list[float] = field(default_factory=lambda: [1e-3])
+    """In the order they are tried in: the likeliest first."""
     seeds: list[int] = field(default_factory=lambda: [0])
     decay: Decay = Decay.cosine
     weight_decay: float = 0.1

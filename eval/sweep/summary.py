@@ -132,7 +132,7 @@ def draw(points: Sequence[Point], path: Path, *, by_length: bool) -> None:
     panels = list(dict.fromkeys(panel_of(point) for point in points))
     models = list(dict.fromkeys(point.model for point in points))
     widths = list(dict.fromkeys(point.width for point in points))
-    figure = Figure(figsize=(1.2 + 3.3 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(2.6 + 3.3 * len(panels), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, panels, strict=True):
@@ -161,7 +161,11 @@ def draw(points: Sequence[Point], path: Path, *, by_length: bool) -> None:
         axis.set_ylim(-0.03, 1.03)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
-    axes[-1].legend(fontsize="small")
+    # Beside the panels: lines may lie anywhere in them, and not every panel has every line.
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    axes[-1].legend(
+        handles=list(lines.values()), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small"
+    )
     figure.savefig(path, dpi=150, format="png")
 
 

@@ -154,7 +154,8 @@ def test_a_diverged_cell_ends() -> None:
 
 def arguments(folder: Path, *more: str) -> list[str]:
     return [
-        f"output={folder}", "~datasets.T256", "~models.attention", "~models.mamba1_n16",
+        f"output={folder}", "~datasets.T256", "~models.attention", "~models.attention_bias",
+        "~models.attention_conv", "~models.mamba1_n16",
         "~models.mamba2_n64", "~models.mamba2_n256", "~models.hybrid_n16", "vocab_size=16",
         "+datasets.T={stages:[{length:8,items:1,n_examples:64,batch_size:16}],"
         "tests:[{length:8,items:1,n_examples:20}]}",
@@ -223,7 +224,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_solved_questions_leave_out_other_rates(tmp_path: Path) -> None:
-    sweep = config(stop_at=0.0, skip_solved=True, learning_rates=[1e-3, 2e-3, 4e-3], seeds=[0, 1])
+    sweep = config(stop_at=0.0, skip_solved=True, learning_rates=[2e-3, 1e-3, 4e-3], seeds=[0, 1])
     command.open_folder(tmp_path / "s", sweep)
     command.run_cells(sweep, tmp_path / "s", CPU)
     names = sorted(file.name for file in (tmp_path / "s" / "cells").iterdir())
