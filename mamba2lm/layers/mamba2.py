@@ -228,7 +228,9 @@ class Mamba2(Mixer):
         delta_blh = step_sizes(
             dt_blh, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit
         )
-        log_decay_blh = (delta_blh.to(left_bhpn.dtype) * A_h).cumsum(dim=1)
+        # Summed along the last axis: along another a GPU adds up one position after the other.
+        log_a_bhl = (delta_blh.to(left_bhpn.dtype) * A_h).transpose(1, 2).contiguous()
+        log_decay_blh = log_a_bhl.cumsum(dim=2).transpose(1, 2)
         entering_bhpn = context.entering_state(left_bhpn, log_decay_blh[:, -1])
         y_blhp = y_blhp + ops.carried_outputs(
             log_decay_blh, C_blgn, entering_bhpn, seq_idx=seq_idx_bl
@@ -264,8 +266,9 @@ class Mamba2(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return z (…, i), x|B|C (…, c) and Δ before bias and softplus (…, h)."""
         zxBCdt = self.in_proj(x)
-        z, xBC, dt = zxBCdt.split([self.d_inner, self.d_conv_in, self.n_heads], dim=-1)
-        return z, xBC, dt
+        ends = self.d_inner, self.d_inner + self.d_conv_in
+        z, xBC, dt = zxBCdt.tensor_split(ends, dim=-1)
+        return z, xBC, dt[..., : self.n_heads]  # behind it may be padding, under tensor parallelism
 
     def new_state(
         self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -303,7 +306,7 @@ class Mamba2(Mixer):
         B = C = Segment(self.n_groups, self.config.d_state, shared_by=self.n_heads)
         heads = dt = Segment(self.n_heads)
         plan = {
-            "in_proj.weight": Split((z, x, B, C, dt)),
+            "in_proj.weight": Split((z, x, B, C, dt), pad_rows=8),
             "conv1d.weight": Split((x, B, C)),
             "A_log": Split((heads,)),
             "D": Split((heads,)),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba2lm.distributed import TensorGroup
-from mamba2lm.ops import gated_rms_norm, rms_norm
+from mamba2lm.ops import gated_rms_norm, gated_rms_norm_divided, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -68,11 +67,7 @@ class GatedRMSNorm(nn.Module):
     def _forward_shared(
         self, y: Tensor, z: Tensor, tensor: TensorGroup, mine: list[int], groups: int
     ) -> Tensor:
-        wide = torch.promote_types(y.dtype, torch.float32)
-        gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (len(mine), -1))
-        index = torch.tensor(mine, device=y.device)
-        # One number a token and group crosses the processes, in both directions.
-        part = gated.square().sum(dim=-1)
-        total = tensor.sum(part.new_zeros(*part.shape[:-1], groups).index_add(-1, index, part))
-        scale = torch.rsqrt(total / self.group_size + self.eps).index_select(-1, index)
-        return ((gated * scale.unsqueeze(-1)).flatten(-2) * self.weight.to(wide)).to(y.dtype)
+        return gated_rms_norm_divided(
+            y, z, self.weight, tensor.group,
+            eps=self.eps, group_size=self.group_size, mine=mine, groups=groups,
+        )  # fmt: skip

@@ -5,6 +5,7 @@ modules are imported as ``from mamba2lm.ops.ssd.reference import ssd_chunked``.
 """
 
 from mamba2lm.ops.causal_conv1d.op import causal_conv1d, causal_conv1d_update
+from mamba2lm.ops.gated_rms_norm.divided import gated_rms_norm_divided
 from mamba2lm.ops.gated_rms_norm.op import gated_rms_norm, rms_norm, rms_norm_residual
 from mamba2lm.ops.linear_cross_entropy.op import linear_cross_entropy
 from mamba2lm.ops.selective_scan.op import selective_scan
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
+    "gated_rms_norm_divided",
     "linear_cross_entropy",
     "rms_norm",
     "rms_norm_residual",
