@@ -19,7 +19,7 @@ import datetime
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ class Run:
         assert self.micro_steps, "--batch is at least a micro-batch a process"
         self.tokens = arguments.batch * arguments.length
         self.corpus = corpus
+        self.before_update: Callable[[], None] = lambda: None
         self.from_the_first_sample()
 
     def from_the_first_sample(self) -> None:
@@ -137,6 +138,7 @@ class Run:
             total += loss.detach()
         self.parallel.finish_gradients()
         self.parallel.clip_gradients(1.0)
+        self.before_update()
         self.optimizers.step()
         self.optimizers.zero_grad()
         return total
@@ -159,10 +161,19 @@ class Run:
             torch.cuda.synchronize(self.device)
         self.world.barrier()
 
-    def communication(self) -> dict[str, float]:
-        """Profile a step: share of time in NCCL kernels, and with nothing else going on."""
-        if self.device.type != "cuda" or self.world.size == 1:
+    def profile(self, kernels: int) -> dict[str, Any]:
+        """Profile a step.
+
+        Args:
+            kernels: How many kernels to list, those that take longest.
+
+        Returns:
+            Shares of the step's time in NCCL, in NCCL with nothing else going on, and with nothing
+            going on at all, which the host is to blame for; and the kernels' milliseconds.
+        """
+        if self.device.type != "cuda":
             return {}
+        self.wait()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.step()
             self.wait()
@@ -172,7 +183,20 @@ class Run:
         nccl = covered([(a, b) for a, b, is_nccl in spans if is_nccl])
         computing = covered([(a, b) for a, b, is_nccl in spans if not is_nccl])
         whole = max(b for _, b, _ in spans) - min(a for a, _, _ in spans)
-        return {"nccl_share": nccl / whole, "exposed_nccl_share": (everything - computing) / whole}
+        row: dict[str, Any] = {
+            "nccl_share": nccl / whole,
+            "exposed_nccl_share": (everything - computing) / whole,
+            "idle_share": 1 - everything / whole,
+        }
+        if kernels:
+            totals: dict[str, list[float]] = {}
+            for event, (begin, end, _) in zip(events, spans, strict=True):
+                total = totals.setdefault(event.name[:100], [0.0, 0])
+                total[0] += (end - begin) / 1000
+                total[1] += 1
+            slowest = sorted(totals.items(), key=lambda item: -item[1][0])[:kernels]
+            row["kernels"] = {name: [round(ms, 3), int(n)] for name, (ms, n) in slowest}
+        return row
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -221,7 +245,7 @@ def measure(
         "tokens_per_second": speed,
         **compared,
         "memory_bytes_max": int(memory.max()),
-        **run.communication(),
+        **run.profile(arguments.kernels),
     }  # fmt: skip
 
 
@@ -236,8 +260,12 @@ def save_and_read_back(run: Run, folder: Path, others: list[Run], usual: float) 
         path.write_config({"model": run.model.config.resolved(), "training": {}})
     run.wait()
     saver = Checkpointer(path, run.parallel, run.optimizers, run.world, keep_last=2)
+    run.before_update = saver.wait_until_copied
     figures: dict[str, Any] = {"usual_step_seconds": usual}
-    for number in (1, 2):  # the first has to get its buffers
+    run.step()
+    saver.poll()  # which begins to get memory
+    run.step()
+    for number in (1, 2):
         run.wait()
         begin = time.perf_counter()
         saver.save(Progress(step=number))
@@ -250,8 +278,6 @@ def save_and_read_back(run: Run, folder: Path, others: list[Run], usual: float) 
             run.wait()
             slowest = max(slowest, time.perf_counter() - begin)
         figures[f"save_{number}"] = {"call_seconds": called, "slowest_step_seconds": slowest}
-        if number == 1:
-            run.wait()
     run.wait()
     found = newest_valid(folder)
     assert found is not None
@@ -298,6 +324,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", type=Path, help="folder to save in")
+    parser.add_argument("--kernels", type=int, default=0, help="kernels to list of a profile")
     parser.add_argument("--alone", type=Path, help="figures of one process, to compare with")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
@@ -316,6 +343,16 @@ def main() -> None:
     if arguments.alone is not None:
         alone = json.loads(arguments.alone.read_text())["layouts"][0]["tokens_per_second"]
     rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {
+        **environment(accelerator.device),
+        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "layouts": rows,
+    }
+
+    def write() -> None:
+        if accelerator.is_main_process and arguments.out is not None:
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
     runs: list[tuple[Run, float]] = []
     for text, parallel in layouts_of(arguments):
         run = Run(config, parallel, corpus, accelerator, arguments)
@@ -326,23 +363,17 @@ def main() -> None:
             run = Run(config, parallel, corpus, accelerator, arguments)
             row["losses"] = [run.loss() for _ in range(arguments.losses)]
         rows.append(row)
+        write()  # what is done stays, whatever comes
         if arguments.checkpoint is not None and "wrong" not in row:
             runs.append((run, row["seconds"]["median"]))
         del run
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-    result: dict[str, Any] = {
-        **environment(accelerator.device),
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
-        "layouts": rows,
-    }
+        accelerator.free_memory()  # it keeps what it wrapped
     if arguments.checkpoint is not None:
         (first, usual), *others = runs
         result["checkpoint"] = save_and_read_back(
             first, arguments.checkpoint, [other for other, _ in others], usual
         )
-    if accelerator.is_main_process and arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
