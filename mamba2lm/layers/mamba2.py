@@ -230,10 +230,10 @@ class Mamba2(Mixer):
         )
         # Summed along the last axis: along another a GPU adds up one position after the other.
         log_a_bhl = (delta_blh.to(left_bhpn.dtype) * A_h).transpose(1, 2).contiguous()
-        log_decay_blh = log_a_bhl.cumsum(dim=2).transpose(1, 2)
-        entering_bhpn = context.entering_state(left_bhpn, log_decay_blh[:, -1])
-        y_blhp = y_blhp + ops.carried_outputs(
-            log_decay_blh, C_blgn, entering_bhpn, seq_idx=seq_idx_bl
+        log_decay_bhl = log_a_bhl.cumsum(dim=2)
+        entering_bhpn = context.entering_state(left_bhpn, log_decay_bhl[..., -1])
+        y_blhp = ops.add_carried_outputs(
+            y_blhp, log_decay_bhl, C_blgn, entering_bhpn, seq_idx=seq_idx_bl
         )
         return self.out_proj(self.norm(y_blhp.reshape(batch, length, self.d_inner), z_bli))
 

@@ -9,12 +9,12 @@ from mamba2lm.ops.gated_rms_norm.divided import gated_rms_norm_divided
 from mamba2lm.ops.gated_rms_norm.op import gated_rms_norm, rms_norm, rms_norm_residual
 from mamba2lm.ops.linear_cross_entropy.op import linear_cross_entropy
 from mamba2lm.ops.selective_scan.op import selective_scan
-from mamba2lm.ops.ssd.carry import carried_outputs
+from mamba2lm.ops.ssd.carry import add_carried_outputs
 from mamba2lm.ops.ssd.op import ssd
 from mamba2lm.ops.state_update.op import selective_state_update, ssd_state_update
 
 __all__ = [
-    "carried_outputs",
+    "add_carried_outputs",
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",

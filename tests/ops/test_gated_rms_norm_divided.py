@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from mamba2lm.ops import gated_rms_norm, gated_rms_norm_divided, kernels
 from mamba2lm.ops.gated_rms_norm import divided
@@ -33,7 +34,7 @@ RUNS = {"one group": [0], "two groups": [0, 1], "runs of one group": [0, 0, 1, 1
 def alone() -> Iterator[None]:
     """Let this process be a group by itself; several are in tests/distributed."""
     backend = "nccl" if DEVICE == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 

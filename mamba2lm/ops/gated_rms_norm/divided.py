@@ -170,13 +170,13 @@ def _kernels() -> Any:
     return importlib.import_module("mamba2lm.ops.gated_rms_norm.divided_kernels")
 
 
-def _constants(runs: int, *tensors: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
+def _constants(runs: int, *tensors: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Return the strides of rows and the compile-time sizes of a launch."""
     strides = tuple(tensor.stride(0) for tensor in tensors)
     unit = ALIGNED if all(stride % ALIGNED == 0 for stride in strides) else 1
     width = tensors[0].shape[1] // runs
     block = 1 << (width - 1).bit_length()
-    sizes = {"RUNS": runs, "WIDTH": width, "BLOCK": block, "UNIT": unit}
+    sizes: dict[str, Any] = {"RUNS": runs, "WIDTH": width, "BLOCK": block, "UNIT": unit}
     return tuple(stride // unit for stride in strides), sizes
 
 
