@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mamba2lm.distributed import Mesh, ParallelConfig
 from mamba2lm.models import LanguageModel, ModelConfig
+from mamba2lm.models.lora import LoRAConfig, add_lora
 from mamba2lm.training.optimizer import OptimizerConfig, Optimizers
 from mamba2lm.training.parallelize import ParallelModel, to_local
 from tests.distributed.mixers import run_mixers
@@ -42,6 +43,7 @@ class Case:
     micro_steps: int = 1
     recompute: bool = False
     tie: bool = True
+    lora: bool = False
     slow: bool = False
 
 
@@ -72,6 +74,8 @@ CASES = {
     ),
     "dp2": Case(2, "MA", {}, micro_steps=2),
     "fsdp2": Case(2, "MSAF", {"data_shard": 2}, micro_steps=2, recompute=True),
+    "fsdp2 lora": Case(2, "MSAF", {"data_shard": 2}, lora=True),
+    "cp2 lora": Case(2, "MS", {"context": 2}, documents=True, lora=True),
     "cp2 one document": Case(2, "MSAF", {"context": 2}),
     "cp2 documents": Case(2, "MSAF", {"context": 2}, documents=True, micro_steps=2),
     "cp2 window, convolution": Case(2, "A", {"context": 2}, WINDOW, True),
@@ -111,6 +115,8 @@ def config_of(case: Case) -> ModelConfig:
 def model_of(case: Case) -> LanguageModel:
     model = LanguageModel(config_of(case))
     model.init_weights(0)
+    if case.lora:
+        add_lora(model, LoRAConfig(rank=3))
     generator = torch.Generator().manual_seed(5)
     model = model.double()
     with torch.no_grad():
@@ -200,6 +206,8 @@ def run(case: Case) -> dict[str, float]:
         worst["loss"] = max(
             worst["loss"], difference(total / mesh.copies / count, whole_loss.detach() / count)
         )
+        frozen = {name for name, p in alone.named_parameters() if p.grad is None}
+        assert {name for name, p in parallel.model.named_parameters() if p.grad is None} == frozen
         compare(
             "gradients",
             {name: p.grad for name, p in alone.named_parameters() if p.grad is not None},
