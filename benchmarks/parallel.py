@@ -134,7 +134,8 @@ class Run:
                         seq_idx=batch.get("seq_idx"),
                         loss_reduction="sum",
                     ).loss
-                (loss * (averaged / self.tokens)).backward()
+                with torch.autograd.set_multithreading_enabled(False):
+                    (loss * (averaged / self.tokens)).backward()
             total += loss.detach()
         self.parallel.finish_gradients()
         self.parallel.clip_gradients(1.0)
@@ -177,8 +178,15 @@ class Run:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.step()
             self.wait()
-        events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        spans = [(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in events]
+        assert profile.profiler is not None
+        # Not profile.events(), which takes a minute for the kernels of a large model.
+        recorded = profile.profiler.kineto_results.events()
+        events = [e for e in recorded if e.device_type() == torch.autograd.DeviceType.CUDA]
+        names = [event.name() for event in events]
+        spans = [
+            (event.start_ns() / 1000, event.end_ns() / 1000, "nccl" in name.lower())
+            for event, name in zip(events, names, strict=True)
+        ]
         everything = covered([(a, b) for a, b, _ in spans])
         nccl = covered([(a, b) for a, b, is_nccl in spans if is_nccl])
         computing = covered([(a, b) for a, b, is_nccl in spans if not is_nccl])
@@ -190,8 +198,8 @@ class Run:
         }
         if kernels:
             totals: dict[str, list[float]] = {}
-            for event, (begin, end, _) in zip(events, spans, strict=True):
-                total = totals.setdefault(event.name[:100], [0.0, 0])
+            for name, (begin, end, _) in zip(names, spans, strict=True):
+                total = totals.setdefault(name[:100], [0.0, 0])
                 total[0] += (end - begin) / 1000
                 total[1] += 1
             slowest = sorted(totals.items(), key=lambda item: -item[1][0])[:kernels]

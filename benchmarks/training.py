@@ -1,49 +1,67 @@
-"""Time whole training steps on a GPU and say where the time goes.
+"""Time whole training steps on a GPU, say where the time goes, and compare losses.
 
-    python -m benchmarks.training --models mamba2_130m transformer_130m --batch 16 --length 2048
+    python -m benchmarks.training time --models mamba2_130m transformer_130m mamba2_1_3b@8
+    python -m benchmarks.training losses --out losses.json --plot losses.png
 
 A step is what the trainer does: bf16 autocast over float32 weights, loss on random tokens, backward
-pass, clipping, fused AdamW. MFU counts three forward passes of ``flops_per_token`` (products of the
-model and its operators; nothing for recomputation) against the rate of an 8192³ bf16 product
-measured in the same run.
+pass, clipping, fused AdamW, the loss read back. ``mfu`` counts three forward passes of
+``flops_per_token`` (products of the model and its operators; nothing for recomputation) against the
+rate of an 8192³ bf16 product measured in the same run over half a second; ``mfu_6n`` counts six
+times the parameters a token.
+
+``losses`` trains one model from the same weights on the same bytes several times: with the kernels,
+with PyTorch's operations in bf16 and in float32, and with mamba-ssm where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import lzma
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from torch import Tensor, nn
 
+import mamba2lm
 from benchmarks.ops import environment
 from mamba2lm.cli import CONFIGS, typed
 from mamba2lm.config import TrainConfig
-from mamba2lm.models import LanguageModel
-from mamba2lm.training.hardware import measured_flops
-from mamba2lm.training.optimizer import Optimizers, clip_gradients
+from mamba2lm.models import LanguageModel, ModelConfig
+from mamba2lm.ops import causal_conv1d, kernels
+from mamba2lm.training.optimizer import clip_gradients
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("loss", ("softmax", "nll", "logsumexp")),
     ("ssd", ("fused_kernel", "states_kernel", "through_states", "within_kernel", "steps_")),
     ("scan or ssd", ("scan_kernel", "ends_kernel", "pass_kernel", "gradients_kernel")),
     ("conv", ("convolve",)),
     ("norm", ("rms_norm",)),
-    ("reductions of ours", ("reduce_kernel", "rows_backward", "reduce_rows")),
+    ("sums of ours", ("reduce_kernel", "partial_sums", "rows_backward", "reduce_rows")),
     ("attention", ("flash", "fmha", "attention")),
+    ("mlp and rotary", ("swiglu", "rotary")),
     ("matmul", ("gemm", "cutlass", "nvjet", "cublas", "matmul")),
     ("optimizer", ("adam", "multi_tensor", "foreach", "lpnorm")),
-    ("softmax and loss", ("softmax", "nll", "logsumexp")),
+    ("compiled", ("triton_",)),
 )
 """Names of kernels, in lower case, by what they are for; the first that matches counts."""
+
+BYTES = 256
+"""Vocabulary of the loss comparison."""
 
 
 def group_of(kernel: str) -> str:
@@ -55,37 +73,129 @@ def group_of(kernel: str) -> str:
     return "elementwise, copies and the rest"
 
 
-def step_function(
-    model: LanguageModel, config: TrainConfig, ids: torch.Tensor, *, compiled: bool
-) -> Callable[[], torch.Tensor]:
-    """Return one training step without arguments."""
-    optimizer = Optimizers(config.optimizer, model)
-    run = torch.compile(model) if compiled else model
+def compose(model: str, *overrides: str) -> TrainConfig:
+    """Compose the training configuration of a model preset."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return typed(hydra_compose("train", overrides=[f"model={model}", *overrides]), TrainConfig)
 
-    def step() -> torch.Tensor:
+
+def product_rate(size: int = 8192, seconds: float = 0.5) -> float:
+    """Return the FLOP/s of a bf16 product that goes on long enough for clocks to settle."""
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    count, begin = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - begin) < seconds:
+        for _ in range(10):
+            torch.mm(a, b)
+        torch.cuda.synchronize()
+        count += 10
+    return 2 * size**3 * count / elapsed
+
+
+@dataclass
+class Subject:
+    """What is timed: a model, how it gives its loss, and what a token costs."""
+
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor | None], Tensor]
+    """Of ids (b, l + 1) and document ids (b, l) or None."""
+    flops_per_token: float
+
+    @classmethod
+    def ours(cls, config: ModelConfig, length: int) -> Subject:
+        """Build a model of this package on the GPU."""
+        with torch.device("cuda"):
+            model = LanguageModel(config)
+            model.init_weights(0)
+        return cls(
+            model,
+            lambda ids, seq_idx: model(ids[:, :-1], ids[:, 1:], seq_idx=seq_idx).loss,
+            model.flops_per_token(length),
+        )
+
+    @classmethod
+    def peer(cls, config: ModelConfig, length: int, *, our_convolution: bool = True) -> Subject:
+        """Build mamba-ssm's model with the same weights; see ``peer_model``."""
+        like = cls.ours(config, length)
+        assert isinstance(like.model, LanguageModel)
+        model = peer_model(like.model, our_convolution=our_convolution)
+
+        def loss(ids: Tensor, _: Tensor | None) -> Tensor:
+            logits = model(ids[:, :-1]).logits
+            return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+        return cls(model, loss, like.flops_per_token)
+
+    def parameter_count(self) -> int:
+        """Return the number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def step_function(
+    subject: Subject, ids: Tensor, seq_idx: Tensor | None, *, rate: float = 1e-3
+) -> Callable[[], float]:
+    """Return one training step without arguments."""
+    model = subject.model
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+
+    def step() -> float:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = run(ids[:, :-1], ids[:, 1:]).loss
-        loss.backward()
+            loss = subject.loss(ids, seq_idx)
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward()
         clip_gradients(model, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
 
     return step
 
 
+def documents(batch: int, length: int, mean: int) -> Tensor:
+    """Draw document ids whose documents are ``mean`` tokens long on average."""
+    starts_bl = torch.rand(batch, length, device="cuda") < 1 / mean
+    return starts_bl.cumsum(dim=1)
+
+
 def measure(
-    name: str, batch: int, length: int, peak: float, *, compiled: bool, steps: int
+    name: str,
+    batch: int,
+    length: int,
+    peak: float,
+    *,
+    compiled: bool = False,
+    mean_document: int | None = None,
+    steps: int = 6,
+    overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Time one model."""
-    config = compose(name)
-    config.model.validate()
+    """Time one model.
+
+    Args:
+        name: Preset, after "peer:" for mamba-ssm's model of its shape.
+        batch: Sequences.
+        length: Tokens of each.
+        peak: FLOP/s that MFU is of.
+        compiled: Whether blocks go through torch.compile, as ``training.compile`` does.
+        mean_document: Mean length of packed documents; None packs none.
+        steps: How many to time.
+        overrides: Of the configuration.
+    """
+    config = compose(name.removeprefix("peer:"), *overrides).model
+    config.validate()
+    build = Subject.peer if name.startswith("peer:") else Subject.ours
+    subject = build(config, length)
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = LanguageModel(config.model)
-        model.init_weights(0)
-        ids = torch.randint(config.model.vocab_size or 0, (batch, length + 1))
-    step = step_function(model, config, ids, compiled=compiled)
+    ids = torch.randint(config.vocab_size or 0, (batch, length + 1), device="cuda")
+    if compiled:
+        assert isinstance(subject.model, LanguageModel)
+        for block in subject.model.blocks:
+            block.compile()
+    seq_idx = None if mean_document is None else documents(batch, length, mean_document)
+    step = step_function(subject, ids, seq_idx)
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -94,75 +204,253 @@ def measure(
     for _ in range(steps):
         begin = time.perf_counter()
         step()
-        torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
+    memory = torch.cuda.max_memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
-        torch.cuda.synchronize()
-    kernels = {
-        event.key: event.self_device_time_total / 1e3
-        for event in profile.key_averages()
-        if event.self_device_time_total > 0
-    }
+    events = [e for e in profile.key_averages() if e.self_device_time_total > 0]
+    times = {event.key: event.self_device_time_total / 1e3 for event in events}
     groups: dict[str, float] = {}
-    for kernel, ms in kernels.items():
+    for kernel, ms in times.items():
         groups[group_of(kernel)] = groups.get(group_of(kernel), 0.0) + ms
     second = statistics.median(seconds)
-    groups["idle"] = max(0.0, second * 1e3 - sum(kernels.values()))
+    groups["idle"] = max(0.0, second * 1e3 - sum(times.values()))
     tokens = batch * length
+    largest = sorted(events, key=lambda e: -e.self_device_time_total)[:24]
     return {
         "model": name,
-        "parameters": model.parameter_count(),
+        "parameters": subject.parameter_count(),
         "batch": batch,
         "length": length,
         "compiled": compiled,
+        "mean_document": mean_document,
         "step_ms": second * 1e3,
         "step_ms_low_high": [min(seconds) * 1e3, max(seconds) * 1e3],
         "tokens_per_second": tokens / second,
-        "mfu": 3 * model.flops_per_token(length) * tokens / second / peak,
-        "mfu_6n": 6 * model.parameter_count() * tokens / second / peak,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "mfu": 3 * subject.flops_per_token * tokens / second / peak,
+        "mfu_6n": 6 * subject.parameter_count() * tokens / second / peak,
+        "peak_memory_gib": memory / 2**30,
+        "launches": sum(event.count for event in events),
         "groups_ms": dict(sorted(groups.items(), key=lambda item: -item[1])),
-        "largest_kernels_ms": dict(sorted(kernels.items(), key=lambda item: -item[1])[:16]),
+        "largest_kernels_ms": {
+            short_name(event.key): [event.self_device_time_total / 1e3, event.count]
+            for event in largest
+        },
     }
 
 
-def compose(model: str) -> TrainConfig:
-    """Compose the training configuration of a model preset."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return typed(hydra_compose("train", overrides=[f"model={model}"]), TrainConfig)
+def short_name(kernel: str) -> str:
+    """Return a kernel's name without what its templates repeat."""
+    return kernel.replace("at::native::", "").replace("(anonymous namespace)::", "")[:120]
 
 
-def main() -> int:
+def describe(row: dict[str, Any]) -> str:
+    """Return one line about a measured model."""
+    extra = "".join(
+        f" {word}" for word, on in (("compiled", row["compiled"]), ("packed", row["mean_document"]))
+        if on
+    )  # fmt: skip
+    return (
+        f"{row['model']}@{row['batch']}x{row['length']}{extra}: "
+        f"{row['tokens_per_second']:,.0f} tokens/s, {row['step_ms']:.1f} ms, "
+        f"MFU {row['mfu']:.1%} (6N {row['mfu_6n']:.1%}), {row['peak_memory_gib']:.1f} GiB, "
+        f"{row['launches']} launches; "
+        + ", ".join(f"{k} {v:.1f}" for k, v in row["groups_ms"].items())
+    )
+
+
+def time_models(arguments: argparse.Namespace) -> None:
     """Measure every model that is asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["mamba2_130m"])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    peak = measured_flops(torch.device("cuda"), torch.bfloat16)
+    peak = product_rate()
     results: dict[str, Any] = {"environment": environment(), "peak_tflops": peak / 1e12, "rows": []}
-    for name in arguments.models:
+    for entry in arguments.models:
+        name, _, batch = entry.partition("@")
         row = measure(
-            name, arguments.batch, arguments.length, peak,
-            compiled=arguments.compile, steps=arguments.steps,
+            name, int(batch or arguments.batch), arguments.length, peak,
+            compiled=arguments.compile, mean_document=arguments.documents, steps=arguments.steps,
         )  # fmt: skip
         results["rows"].append(row)
-        sys.stdout.write(
-            f"{name} {row['tokens_per_second']:,.0f} tokens/s, {row['step_ms']:.1f} ms, "
-            f"MFU {row['mfu']:.1%} (6N {row['mfu_6n']:.1%}), {row['peak_memory_gib']:.1f} GiB, "
-            + ", ".join(f"{k} {v:.1f}" for k, v in row["groups_ms"].items())
-            + "\n"
-        )
+        sys.stdout.write(describe(row) + "\n")
         sys.stdout.flush()
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Have every operator take PyTorch's operations."""
+    with mock.patch.object(kernels, "TRITON_INSTALLED", False):
+        yield
+
+
+def batches(steps: int, batch: int, length: int) -> Tensor:
+    """Return bytes of the packaged novels at random places, (steps, batch, length + 1)."""
+    corpus = Path(mamba2lm.__file__).parent / "data" / "corpora" / "austen.txt.xz"
+    text = torch.frombuffer(bytearray(lzma.decompress(corpus.read_bytes())), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(len(text) - length - 1, (steps, batch, 1), generator=generator)
+    return text[starts + torch.arange(length + 1)].long().cuda()
+
+
+def train(subject: Subject, data: Tensor, *, bf16: bool) -> list[float]:
+    """Train with AdamW at a fixed rate after a warm-up; return the loss of every step."""
+    optimizer = torch.optim.AdamW(
+        subject.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    losses = []
+    for step, ids in enumerate(data):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
+        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss = subject.loss(ids, None)
+        loss.backward()
+        clip_gradients(subject.model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+def peer_model(ours: LanguageModel, *, our_convolution: bool) -> nn.Module:
+    """Build mamba-ssm's model with the same weights.
+
+    Its Triton kernels run without its CUDA extensions, which need building: an empty module stands
+    in for the one that its package imports.
+
+    Args:
+        ours: Whose weights and shape it gets.
+        our_convolution: Whether our kernel stands in for its CUDA one; otherwise PyTorch's does,
+            which is slow.
+
+    Raises:
+        ImportError: mamba-ssm is not installed.
+    """
+    sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    import mamba_ssm.modules.mamba2 as layer  # pyright: ignore[reportMissingImports]
+    from mamba_ssm.models.config_mamba import (  # pyright: ignore[reportMissingImports]
+        MambaConfig,
+    )
+    from mamba_ssm.models.mixer_seq_simple import (  # pyright: ignore[reportMissingImports]
+        MambaLMHeadModel,
+    )
+
+    def convolve(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
+        return causal_conv1d(x.transpose(1, 2), weight, **options).transpose(1, 2)
+
+    layer.causal_conv1d_fn = convolve if our_convolution else None
+    config = ours.config
+    peer = MambaLMHeadModel(
+        MambaConfig(
+            d_model=config.d_model,
+            n_layer=config.n_layers,
+            vocab_size=ours.vocab_size,
+            ssm_cfg={"layer": "Mamba2", "use_mem_eff_path": False},
+            pad_vocab_size_multiple=config.vocab_multiple,
+        ),
+        device="cuda",
+    )
+    prefixed = {
+        ("" if name.startswith("lm_head") else "backbone.") + name: tensor
+        for name, tensor in ours.state_dict().items()
+    }
+    peer.load_state_dict(prefixed)
+    return peer
+
+
+def compare_losses(arguments: argparse.Namespace) -> None:
+    """Train with and without the kernels and with the peer, and record every loss."""
+    sizes = {"n_layers": arguments.layers, "vocab_size": BYTES}
+    config = compose("mamba2_130m", *(f"model.{key}={value}" for key, value in sizes.items())).model
+    config.validate()
+    data = batches(arguments.steps, arguments.batch, arguments.length)
+
+    def ours(*, bf16: bool) -> list[float]:
+        return train(Subject.ours(config, arguments.length), data, bf16=bf16)
+
+    def reference(*, bf16: bool) -> list[float]:
+        with without_kernels():
+            return ours(bf16=bf16)
+
+    def peer() -> list[float]:
+        subject = Subject.peer(config, arguments.length, our_convolution=False)
+        return train(subject, data, bf16=True)
+
+    runs: dict[str, Callable[[], list[float]]] = {
+        "kernels, bf16": lambda: ours(bf16=True),
+        "PyTorch, bf16": lambda: reference(bf16=True),
+        "PyTorch, float32": lambda: reference(bf16=False),
+        "mamba-ssm, bf16": peer,
+    }
+    results: dict[str, Any] = {
+        "environment": environment(),
+        "model": "mamba2_130m", **sizes, "batch": arguments.batch, "length": arguments.length,
+        "losses": {}, "seconds": {}, "absent": {},
+    }  # fmt: skip
+    for name, run in runs.items():
+        begin = time.perf_counter()
+        try:
+            losses = run()
+        except ImportError as error:
+            results["absent"][name] = str(error)
+            continue
+        results["losses"][name] = losses
+        results["seconds"][name] = time.perf_counter() - begin
+        last = statistics.fmean(losses[-20:])
+        sys.stdout.write(f"{name}: {last:.4f} nats over the last 20 of {len(losses)} steps\n")
+        sys.stdout.flush()
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.plot:
+        plot(results["losses"], arguments.plot)
+
+
+def plot(losses: dict[str, list[float]], path: Path) -> None:
+    """Draw losses over each other, and below them their difference from float32's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 6))
+    truth = losses["PyTorch, float32"]
+    for name, values in losses.items():
+        above.plot(values, label=name, linewidth=1)
+        below.plot([v - t for v, t in zip(values, truth, strict=True)], label=name, linewidth=1)
+    above.set_ylabel("loss, nats per byte")
+    above.legend()
+    below.set_ylabel("minus float32's")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Run one of the commands."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    timed = commands.add_parser("time", help="time steps")
+    timed.add_argument(
+        "--models",
+        nargs="+",
+        default=["mamba2_130m"],
+        help="presets, with a batch as NAME@BATCH; mamba-ssm's as peer:NAME",
+    )
+    timed.add_argument("--batch", type=int, default=16)
+    timed.add_argument("--length", type=int, default=2048)
+    timed.add_argument("--steps", type=int, default=6)
+    timed.add_argument("--documents", type=int, help="mean length of packed documents")
+    timed.add_argument("--compile", action="store_true")
+    timed.add_argument("--out", type=Path)
+    compared = commands.add_parser("losses", help="train several ways and compare")
+    compared.add_argument("--layers", type=int, default=8)
+    compared.add_argument("--batch", type=int, default=8)
+    compared.add_argument("--length", type=int, default=512)
+    compared.add_argument("--steps", type=int, default=200)
+    compared.add_argument("--out", type=Path)
+    compared.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    (time_models if arguments.command == "time" else compare_losses)(arguments)
     return 0
 
 

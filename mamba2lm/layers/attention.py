@@ -17,12 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 
 from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
 from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.mixer import Mixer, MixerConfig, output_and_state, register, require
 from mamba2lm.layers.state import State
+from mamba2lm.ops.dispatch import note_taken
+from mamba2lm.ops.kernels import compute_capability
 
 _GROWTH = 128  # slots; a full cache at least doubles
 
@@ -222,8 +225,12 @@ class Attention(Mixer):
         position_bl = new_l[None] if state is None else state["length_b"][:, None] + new_l
         q_blhp, k_blkp, v_blkp = self._heads(qkv_blc, position_bl)
         if state is None:
-            mask = self._mask(new_l[None], new_l[None], document_bl)
-            y_blhp = self._attend(q_blhp, k_blkp, v_blkp, mask)
+            if self._flashes(q_blhp, document_bl):
+                note_taken("attention", "flash by document")
+                y_blhp = self._attend_documents(q_blhp, k_blkp, v_blkp, document_bl)
+            else:
+                mask = self._mask(new_l[None], new_l[None], document_bl)
+                y_blhp = self._attend(q_blhp, k_blkp, v_blkp, mask)
             return self.out_proj(y_blhp.reshape(batch, length, self.d_q)), None
 
         # Past slots first, then the new tokens; the past belongs to document number 0.
@@ -299,13 +306,12 @@ class Attention(Mixer):
         return self.out_proj(y_b1hp.reshape(-1, self.d_q)), state
 
     def _heads(self, qkv_blc: Tensor, position_bl: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = qkv_blc.split([self.d_q, self.d_kv, self.d_kv], dim=-1)
-        q_blhp = q.unflatten(-1, (self.n_heads, self.head_dim))
-        k_blkp = k.unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v_blkp = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
+        heads = self.n_heads, self.n_kv_heads
         if self.rope_dim:
-            cos_sin = rotary_angles(position_bl, self.rope_dim, self.config.rope_base)
-            q_blhp, k_blkp = rotate(q_blhp, *cos_sin), rotate(k_blkp, *cos_sin)
+            cos, sin = rotary_angles(position_bl, self.rope_dim, self.config.rope_base)
+            return ops.rotary_heads(qkv_blc, cos, sin, n_heads=heads[0], n_kv_heads=heads[1])
+        qkv_blhp = qkv_blc.unflatten(-1, (-1, self.head_dim))
+        q_blhp, k_blkp, v_blkp = qkv_blhp.split([heads[0], heads[1], heads[1]], dim=2)
         return q_blhp, k_blkp, v_blkp
 
     def _mask(
@@ -326,6 +332,9 @@ class Attention(Mixer):
     def _attend(
         self, q_blhp: Tensor, k_btkp: Tensor, v_btkp: Tensor, mask: Tensor | None
     ) -> Tensor:
+        note_taken(
+            "attention", "scaled_dot_product_attention" + ("" if mask is None else " masked")
+        )
         y_bhlp = F.scaled_dot_product_attention(
             q_blhp.transpose(1, 2),
             k_btkp.transpose(1, 2),
@@ -335,6 +344,49 @@ class Attention(Mixer):
             enable_gqa=self.n_kv_heads != self.n_heads,
         )
         return y_bhlp.transpose(1, 2)
+
+    def _flashes(self, q_blhp: Tensor, document_bl: Tensor | None) -> bool:
+        """Return whether documents or a window are better parted by flash attention than masked.
+
+        Without either, scaled_dot_product_attention takes flash attention by itself.
+        """
+        return (
+            (document_bl is not None or self.config.window is not None)
+            and q_blhp.is_cuda
+            and q_blhp.dtype in (torch.bfloat16, torch.float16)
+            and self.head_dim % 8 == 0
+            and self.head_dim <= 256
+            and compute_capability(q_blhp.device) >= 8
+            and not torch.compiler.is_compiling()
+        )
+
+    def _attend_documents(
+        self, q_blhp: Tensor, k_blkp: Tensor, v_blkp: Tensor, document_bl: Tensor | None
+    ) -> Tensor:
+        """Attend within each document, every one a sequence of its own: no mask, no work across.
+
+        The host waits for the device, to know how many documents there are.
+        """
+        batch, length = q_blhp.shape[:2]
+        if document_bl is None:
+            start_s = torch.arange(0, batch * length, length, device=q_blhp.device)
+        else:
+            first_bl = F.pad(document_bl[:, 1:] != document_bl[:, :-1], (1, 0), value=True)
+            start_s = first_bl.flatten().nonzero().squeeze(1)
+        bounds = F.pad(start_s, (0, 1), value=batch * length).to(torch.int32)
+        shared = self.n_heads // self.n_kv_heads
+        if shared > 1:
+            k_blkp, v_blkp = (x.repeat_interleave(shared, dim=2) for x in (k_blkp, v_blkp))
+        y_thp = varlen_attn(
+            *(x.flatten(0, 1) for x in (q_blhp, k_blkp, v_blkp)),
+            cu_seq_q=bounds,
+            cu_seq_k=bounds,
+            max_q=length,
+            max_k=length,
+            window_size=(-1 if self.config.window is None else self.config.window - 1, 0),
+        )
+        assert isinstance(y_thp, Tensor)
+        return y_thp.unflatten(0, (batch, length))
 
     def _make_room(self, state: KVCache, tokens: int) -> KVCache:
         """Return the cache with room for ``tokens`` more in every row."""
@@ -439,19 +491,9 @@ def document_numbers(seq_idx_bl: Tensor) -> Tensor:
 
 
 def rotary_angles(position_bl: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (b, l, 1, dim/2) of rotary embedding (Su et al. 2021), float64."""
+    """Return cosines and sines (b, l, dim/2) of rotary embedding (Su et al. 2021), float64."""
     frequency = base ** (
         -torch.arange(0, dim, 2, device=position_bl.device, dtype=torch.float64) / dim
     )
-    angle = position_bl[..., None, None].double() * frequency  # exact to 2^52 positions
+    angle = position_bl[..., None].double() * frequency  # exact to 2^52 positions
     return angle.cos(), angle.sin()
-
-
-def rotate(x_blhp: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first channels of each head, pairing channel i with i + dim/2 (NeoX order)."""
-    half = cos.shape[-1]
-    x = x_blhp.to(torch.promote_types(x_blhp.dtype, torch.float32))
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x_blhp[..., 2 * half :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([turned.to(x_blhp.dtype), rest], dim=-1)

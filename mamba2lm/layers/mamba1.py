@@ -20,6 +20,7 @@ from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
 from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.initialization import sample_dt_bias
+from mamba2lm.layers.mamba1_fused import fused_mamba1, unsupported
 from mamba2lm.layers.mixer import (
     Mixer,
     MixerConfig,
@@ -28,9 +29,10 @@ from mamba2lm.layers.mixer import (
     register,
     require,
 )
-from mamba2lm.layers.norm import RMSNorm
+from mamba2lm.layers.norm import RMSNorm, compute_dtype
 from mamba2lm.layers.state import State
 from mamba2lm.ops.discretisation import step_sizes
+from mamba2lm.ops.dispatch import note_taken
 from mamba2lm.ops.flops import selective_scan_flops
 
 
@@ -148,6 +150,11 @@ class Mamba1(Mixer):
     ) -> tuple[Tensor, State | None]:
         if context is not None:
             return self._forward_stretch(x_bld, seq_idx_bl, context), None
+        if state is None and torch.is_grad_enabled():
+            x_bld = x_bld.to(compute_dtype(x_bld.device, x_bld.dtype))
+            if self._fuses(x_bld):
+                note_taken("mamba1", "one node of kernels")
+                return self._forward_fused(x_bld, seq_idx_bl), None
         x_bli, z_bli = self.in_proj(x_bld).chunk(2, dim=-1)
         conv = ops.causal_conv1d(
             x_bli,
@@ -179,6 +186,21 @@ class Mamba1(Mixer):
         if state is None or conv_state is None or ssm_state is None:
             return out_bld, None
         return out_bld, state.replace(conv=conv_state.to(state["conv"].dtype), ssm=ssm_state)
+
+    def _fuses(self, x_bld: Tensor) -> bool:
+        """Return whether the whole mixer can run as one autograd node of kernels."""
+        if torch.compiler.is_compiling() or not x_bld.is_cuda or self.tensor is not None:
+            return False
+        plain = self.config.inner_norm is InnerNorm.none
+        return plain and unsupported(x_bld, self.conv1d.weight.squeeze(1), self.A_log) is None
+
+    def _forward_fused(self, x_bld: Tensor, seq_idx_bl: Tensor | None) -> Tensor:
+        return fused_mamba1(
+            x_bld, self.in_proj.weight, self.in_proj.bias,
+            self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D,
+            self.out_proj.weight, self.out_proj.bias, seq_idx_bl=seq_idx_bl,
+        )  # fmt: skip
 
     def _forward_stretch(
         self, x_bld: Tensor, seq_idx_bl: Tensor | None, context: Passage

@@ -19,6 +19,7 @@ from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
 from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.initialization import sample_dt_bias
+from mamba2lm.layers.mamba2_fused import Sizes, fused_mamba2, unsupported
 from mamba2lm.layers.mixer import (
     Mixer,
     MixerConfig,
@@ -27,9 +28,10 @@ from mamba2lm.layers.mixer import (
     register,
     require,
 )
-from mamba2lm.layers.norm import GatedRMSNorm
+from mamba2lm.layers.norm import GatedRMSNorm, compute_dtype
 from mamba2lm.layers.state import State
 from mamba2lm.ops.discretisation import step_sizes
+from mamba2lm.ops.dispatch import note_taken
 from mamba2lm.ops.flops import ssd_flops
 
 
@@ -156,6 +158,11 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, State | None]:
         if context is not None:
             return self._forward_stretch(x_bld, seq_idx_bl, context), None
+        if state is None and torch.is_grad_enabled():
+            x_bld = x_bld.to(compute_dtype(x_bld.device, x_bld.dtype))
+            if self._fuses(x_bld):
+                note_taken("mamba2", "one node of kernels")
+                return self._forward_fused(x_bld, seq_idx_bl), None
         batch, length, _ = x_bld.shape
         z_bli, xBC_blc, dt_blh = self._project(x_bld)
         conv = ops.causal_conv1d(
@@ -191,6 +198,32 @@ class Mamba2(Mixer):
         if state is None or conv_state is None or ssm_state is None:
             return out_bld, None
         return out_bld, state.replace(conv=conv_state.to(state["conv"].dtype), ssm=ssm_state)
+
+    def _fuses(self, x_bld: Tensor) -> bool:
+        """Return whether the whole mixer can run as one autograd node of kernels."""
+        if torch.compiler.is_compiling() or self.norm.shared or not x_bld.is_cuda:
+            return False
+        return unsupported(x_bld, self.conv1d.weight.squeeze(1), self._sizes()) is None
+
+    def _sizes(self) -> Sizes:
+        return Sizes(
+            heads=self.n_heads,
+            head_dim=self.config.headdim,
+            groups=self.n_groups,
+            state=self.config.d_state,
+            norm_group=self.norm.group_size,
+            eps=self.norm.eps,
+            dt_limit=self.dt_limit,
+        )
+
+    def _forward_fused(self, x_bld: Tensor, seq_idx_bl: Tensor | None) -> Tensor:
+        return fused_mamba2(
+            x_bld, self.in_proj.weight, self.in_proj.bias,
+            self.conv1d.weight.squeeze(1), self.conv1d.bias,
+            self.A_log, self.D, self.dt_bias, self.norm.weight,
+            self.out_proj.weight, self.out_proj.bias,
+            sizes=self._sizes(), seq_idx_bl=seq_idx_bl,
+        )  # fmt: skip
 
     def _forward_stretch(
         self, x_bld: Tensor, seq_idx_bl: Tensor | None, context: Passage

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
 from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.mixer import Mixer, MixerConfig, register, require
@@ -78,8 +79,7 @@ class MLP(Mixer):
         hidden = self.fc1(x_bld)
         if not self.gated:
             return self.fc2(F.relu(hidden).square()), state
-        gate, up = hidden.chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * up), state
+        return self.fc2(ops.swiglu(hidden)), state
 
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
         return self.forward(x_bd)[0], state

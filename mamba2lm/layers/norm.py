@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from mamba2lm.distributed import TensorGroup
-from mamba2lm.ops import gated_rms_norm, gated_rms_norm_divided, rms_norm
+from mamba2lm.ops import gated_rms_norm, gated_rms_norm_divided, rms_norm, rms_norm_residual
+
+
+def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
+    """Return the dtype that autocast gives matrix products, or ``otherwise`` where it is off."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else otherwise
 
 
 class RMSNorm(nn.Module):
@@ -29,9 +35,27 @@ class RMSNorm(nn.Module):
             x: (..., width), any float dtype; statistics are taken in float32 (float64 for float64).
 
         Returns:
-            (..., width) in the weight's dtype: a float32 residual stream enters bf16 layers.
+            (..., width) in the dtype that a layer computes in, autocast's or else the weight's: a
+            float32 residual stream enters bf16 layers.
         """
-        return rms_norm(x, self.weight, eps=self.eps, out_dtype=self.weight.dtype)
+        return rms_norm(x, self.weight, eps=self.eps, out_dtype=self._out_dtype(x))
+
+    def of_sum(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add to the residual stream and normalise the sum, in one pass.
+
+        Args:
+            x: The stream, (..., width).
+            added: What a layer adds to it, same shape, or None.
+
+        Returns:
+            The normalised sum, as ``forward`` gives it, and the sum in the dtype of ``x``.
+        """
+        if added is None:
+            return self(x), x
+        return rms_norm_residual(added, x, self.weight, eps=self.eps, out_dtype=self._out_dtype(x))
+
+    def _out_dtype(self, x: Tensor) -> torch.dtype:
+        return compute_dtype(x.device, self.weight.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -53,6 +77,11 @@ class GatedRMSNorm(nn.Module):
         if self._shared is not None:
             return self._forward_shared(y, z, *self._shared)
         return gated_rms_norm(y, z, self.weight, eps=self.eps, group_size=self.group_size)
+
+    @property
+    def shared(self) -> bool:
+        """Whether groups reach over several processes."""
+        return self._shared is not None
 
     def share_groups(self, tensor: TensorGroup, mine: list[int], groups: int) -> None:
         """Normalise over groups that reach over several processes.

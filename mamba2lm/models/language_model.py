@@ -48,15 +48,19 @@ class Block(nn.Module):
     def forward(
         self,
         x_bld: Tensor,
+        added_bld: Tensor | None,
         state: State | None,
         seq_idx_bl: Tensor | None,
         tensor: TensorGroup | None = None,
         context: Passage | None = None,
-    ) -> tuple[Tensor, State | None]:
-        """Return the new residual stream (in x's dtype) and the mixer's state.
+    ) -> tuple[Tensor, Tensor, State | None]:
+        """Return the residual stream, what the mixer adds to it, and the mixer's state.
+
+        The sum is left to the next sub-layer, whose norm takes it in the same pass.
 
         Args:
             x_bld: (b, l, d); of split sequences this process's stretch.
+            added_bld: What the sub-layer before adds to it; None: nothing.
             state: The mixer's, or None.
             seq_idx_bl: Document ids, or None.
             tensor: With whom heads are shared, and whether ``x_bld`` is split over them too.
@@ -64,17 +68,19 @@ class Block(nn.Module):
         """
         given = {} if context is None else {"context": context}
         if tensor is None:
-            y_bld, state = self.mixer(self.norm(x_bld), state, seq_idx_bl=seq_idx_bl, **given)
-            return x_bld + y_bld, state
+            normed_bld, x_bld = self.norm.of_sum(x_bld, added_bld)
+            y_bld, state = self.mixer(normed_bld, state, seq_idx_bl=seq_idx_bl, **given)
+            return x_bld, y_bld, state
         assert self.weights is not None
         stored = self.weights.begin(tensor)
         try:
+            normed_bld, x_bld = self.norm.of_sum(x_bld, added_bld)
             y_bld, state = self.mixer(
-                tensor.enter(self.norm(x_bld)), state, seq_idx_bl=seq_idx_bl, **given
+                tensor.enter(normed_bld), state, seq_idx_bl=seq_idx_bl, **given
             )
         finally:
             self.weights.end(stored)
-        return x_bld + tensor.leave(y_bld), state
+        return x_bld, tensor.leave(y_bld), state
 
     def step(
         self, x_bd: Tensor, state: State, tensor: TensorGroup | None = None
@@ -183,19 +189,22 @@ class LanguageModel(nn.Module):
             assert not (tensor.over_sequence and torch.is_grad_enabled()), "length does not divide"
             tensor = tensor.whole()
         with self._computing(tensor):
-            x_bld = self._embed(input_ids, tensor)
+            x_bld, added_bld = self._embed(input_ids, tensor), None
             states: list[State | None] = []
             for i, block in enumerate(self.blocks):
                 mine = None if state is None else state.layers[i]
                 if self.activation_checkpointing and self.training:
-                    x_bld, mine = checkpoint(  # type: ignore[misc]
-                        block, x_bld, mine, seq_idx, tensor, context, use_reentrant=False
-                    )
+                    # One tensor is kept for a block, not two.
+                    x_bld, added_bld = x_bld if added_bld is None else x_bld + added_bld, None
+                    x_bld, added_bld, mine = checkpoint(  # type: ignore[misc]
+                        block, x_bld, added_bld, mine, seq_idx, tensor, context,
+                        use_reentrant=False,
+                    )  # fmt: skip
                 else:
-                    x_bld, mine = block(x_bld, mine, seq_idx, tensor, context)
+                    x_bld, added_bld, mine = block(x_bld, added_bld, mine, seq_idx, tensor, context)
                 states.append(mine)
             new_state = None if state is None else ModelState(states)  # type: ignore[arg-type]
-            hidden_bld = self._last_hidden(x_bld, tensor)
+            hidden_bld = self._last_hidden(x_bld, added_bld, tensor)
             if positions is not None:
                 index_bkd = positions[..., None].expand(-1, -1, hidden_bld.shape[-1])
                 hidden_bld = hidden_bld.gather(1, index_bkd)
@@ -229,7 +238,7 @@ class LanguageModel(nn.Module):
             x_bd = self._embed(ids_b, tensor)
             for i, block in enumerate(self.blocks):
                 x_bd, state.layers[i] = block.step(x_bd, state.layers[i], tensor)
-            return self._logits(self._last_hidden(x_bd, tensor), tensor), state
+            return self._logits(self._last_hidden(x_bd, None, tensor), tensor), state
 
     def new_state(
         self,
@@ -309,8 +318,8 @@ class LanguageModel(nn.Module):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x
 
-    def _last_hidden(self, x: Tensor, tensor: TensorGroup | None) -> Tensor:
-        hidden = self.norm_f(x)
+    def _last_hidden(self, x: Tensor, added: Tensor | None, tensor: TensorGroup | None) -> Tensor:
+        hidden, _ = self.norm_f.of_sum(x, added)
         return hidden if tensor is None else tensor.enter(hidden)
 
     def _logits(self, hidden: Tensor, tensor: TensorGroup | None) -> Tensor:

@@ -19,6 +19,20 @@ CPU_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 NO_KERNEL = "this version has none"
 
 
+_taken: dict[str, set[str]] = {}
+
+
+def note_taken(operator: str, what: str) -> None:
+    """Remember what an operator ran on, for ``implementations_taken``."""
+    if not torch.compiler.is_compiling():
+        _taken.setdefault(operator, set()).add(what)
+
+
+def implementations_taken() -> str:
+    """Return what every operator has run on so far in this process, in words, for a log."""
+    return ", ".join(f"{name} {' and '.join(sorted(_taken[name]))}" for name in sorted(_taken))
+
+
 def choose_impl(
     operator: str,
     impl: str,
@@ -43,6 +57,14 @@ def choose_impl(
     Raises:
         ValueError: An unknown name, or ``"triton"`` for inputs that no kernel takes.
     """
+    chosen = _choose(operator, impl, tensor, cpu, unsupported)
+    note_taken(operator, chosen)
+    return chosen
+
+
+def _choose(
+    operator: str, impl: str, tensor: Tensor, cpu: bool, unsupported: str | None
+) -> Literal["triton", "reference", "cpu"]:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{operator}: impl={impl!r} is unknown; use one of {IMPLEMENTATIONS}.")
     if impl == "triton":

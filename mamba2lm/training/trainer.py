@@ -25,6 +25,7 @@ from mamba2lm.distributed import Mesh, ParallelConfig, World
 from mamba2lm.distributed.watchdog import Watchdog, store_of_run
 from mamba2lm.host import cpu_has_fast_bf16
 from mamba2lm.models import LanguageModel
+from mamba2lm.ops.dispatch import implementations_taken
 from mamba2lm.schema import ConfigError
 from mamba2lm.training.carry import CarriedStates, check_carried
 from mamba2lm.training.checkpoint import (
@@ -275,7 +276,7 @@ class Trainer:
             return True
         validates = config.eval_every > 0 and self.corpus.validation is not None
         meter = Meter()
-        bad_steps = 0
+        bad_steps, first = 0, True
         if self.world.is_main:
             clear_partial(self.run)
         with (
@@ -294,6 +295,9 @@ class Trainer:
                 micro_batches = [next(batches) for _ in range(self.micro_steps)]
                 meter.data_wait += time.perf_counter() - begin
                 loss, grad_norm, stop = self.forward_backward(micro_batches)
+                if first and self.world.is_main:
+                    log.info("operators ran on: %s", implementations_taken())
+                first = False
                 meter.waited += self.waited
                 meter.steps += 1
                 if self._is_good(loss, grad_norm):
@@ -357,8 +361,10 @@ class Trainer:
         for i, batch in enumerate(micro_batches):
             with self.parallel.micro_batch(last=i == len(micro_batches) - 1):
                 loss = self._loss_sum(self.parallel.call, batch, micro_step=i)
-                # Processes average their gradients: times their number is the sum.
-                (loss * (averaged / max(count, 1.0))).backward()
+                # Processes average their gradients: times their number is the sum. Another thread
+                # would launch the same kernels after a hand-over in each direction.
+                with torch.autograd.set_multithreading_enabled(False):
+                    (loss * (averaged / max(count, 1.0))).backward()
                 total += loss.detach()
         self.parallel.finish_gradients()
         grad_norm = self.parallel.clip_gradients(self.config.max_grad_norm)

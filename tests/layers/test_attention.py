@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba2lm.layers.attention import Attention, document_numbers, rotary_angles, rotate
+from mamba2lm.layers.attention import Attention, document_numbers, rotary_angles
+from mamba2lm.ops.rotary.reference import rotary_reference
 from tests.layers.cases import Case, inputs
 
 SHAPES = {
@@ -75,7 +76,7 @@ def test_rotation_keeps_relative_positions_far_from_the_origin() -> None:
     scores = []
     for shift in (0, 1_000_000):
         at = [rotary_angles(torch.tensor([[shift + p]]), 16, 10_000.0) for p in (11, 4)]
-        scores.append((rotate(q_blhp, *at[0]) * rotate(k_blhp, *at[1])).sum(-1))
+        scores.append((rotary_reference(q_blhp, *at[0]) * rotary_reference(k_blhp, *at[1])).sum(-1))
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-4, atol=1e-5)
 
 
@@ -109,3 +110,29 @@ def test_a_growing_cache_doubles_and_keeps_its_tokens() -> None:
     assert len(slots) <= 4  # growing is rare
     torch.testing.assert_close(y_bd, mixer(x_bld)[0][:, -1], rtol=1e-10, atol=1e-10)
     assert state["length_b"].tolist() == [700]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("fields", [{"n_kv_heads": 2}, {"window": 37}], ids=["grouped", "window"])
+def test_flash_attention_by_document_equals_masked(fields: dict[str, int], packed: bool) -> None:
+    mixer = Case("attention", {"n_heads": 4, "head_dim": 64, **fields}).build(torch.float32)
+    assert isinstance(mixer, Attention)
+    mixer = mixer.to("cuda")
+    x_bld, dy_bld = (inputs(3, 300, dtype=torch.float32, seed=seed).cuda() for seed in (1, 2))
+    generator = torch.Generator().manual_seed(0)
+    seq_idx_bl = (torch.rand(3, 300, generator=generator) < 0.02).cumsum(dim=1).cuda()
+    heads_blhp = x_bld.new_empty(1, 1, 4, 64, dtype=torch.bfloat16)
+    by_document = packed or mixer.config.window is not None
+    assert mixer._flashes(heads_blhp, seq_idx_bl if packed else None) == by_document
+    found = []
+    for masked in (False, True):
+        if masked:
+            mixer._flashes = lambda *_: False  # type: ignore[method-assign]
+        leaf = x_bld.requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y_bld, _ = mixer(leaf, seq_idx_bl=seq_idx_bl if packed else None)
+        leaves = [leaf, *mixer.parameters()]
+        found.append([y_bld, *torch.autograd.grad(y_bld, leaves, dy_bld.to(y_bld.dtype))])
+    for flash, plain in zip(*found, strict=True):
+        assert (flash - plain).norm() <= 1e-2 * plain.norm()

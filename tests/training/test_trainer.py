@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba2lm.models.checkpoint import checkpoints_of, pointed, verify
+from mamba2lm.ops import dispatch
 from mamba2lm.schema import ConfigError
 from mamba2lm.training.metrics import read_metrics
 from mamba2lm.training.trainer import (
@@ -312,3 +313,16 @@ def test_shares_of_a_step() -> None:
 def test_impossible_values_are_named(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"^training\.{name}={value}: must be"):
         TrainingConfig(**{name: value}).validate()  # type: ignore[arg-type]
+
+
+def test_the_log_says_what_the_operators_ran_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_taken", {})
+    corpus = text_corpus(tmp_path / "text")
+    trainer = make_trainer(tmp_path / "run", corpus, tiny_model("MA"), max_steps=2)
+    with caplog.at_level(logging.INFO):
+        trainer.fit()
+    [line] = [r.getMessage() for r in caplog.records if "ran on" in r.getMessage()]
+    assert "ssd cpu" in line
+    assert "attention scaled_dot_product_attention" in line

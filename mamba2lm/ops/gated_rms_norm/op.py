@@ -50,7 +50,13 @@ def rms_norm(
 
 
 def rms_norm_residual(
-    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5, impl: Impl = "auto"
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Add to the residual stream and normalise the sum, in one pass.
 
@@ -59,10 +65,11 @@ def rms_norm_residual(
         residual: The residual stream, same shape; float32 where x is narrower, or the same dtype.
         weight: Scale, (d,).
         eps: Added to the mean square.
+        out_dtype: Of the normalised sum; None means the dtype of x.
         impl: ``"auto"`` (the kernels on a GPU where they apply), ``"triton"`` or ``"reference"``.
 
     Returns:
-        RMSNorm(x + residual) (…, d) in the dtype of x, and x + residual in the dtype of
+        RMSNorm(x + residual) (…, d) in ``out_dtype``, and x + residual in the dtype of
         ``residual``; added and computed in float32 (float64 for float64 inputs).
 
     Raises:
@@ -76,11 +83,11 @@ def rms_norm_residual(
             f"residual has shape {tuple(residual.shape)}; expected that of x, {tuple(x.shape)}."
         )
     if chosen == "triton":
-        return rms_norm_triton(x, weight, eps, residual=residual)
+        return rms_norm_triton(x, weight, eps, residual=residual, dtype=out_dtype)
     if chosen == "cpu":
         total = (x + residual).to(residual.dtype)
-        return rms_norm_cpu(total, None, weight, eps, d, x.dtype), total
-    return rms_norm_residual_reference(x, residual, weight, eps)
+        return rms_norm_cpu(total, None, weight, eps, d, out_dtype or x.dtype), total
+    return rms_norm_residual_reference(x, residual, weight, eps, out_dtype)
 
 
 def gated_rms_norm(

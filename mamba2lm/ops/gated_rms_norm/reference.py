@@ -23,11 +23,15 @@ def rms_norm_reference(
 
 
 def rms_norm_residual_reference(
-    x: Tensor, residual: Tensor, weight_d: Tensor, eps: float
+    x: Tensor,
+    residual: Tensor,
+    weight_d: Tensor,
+    eps: float,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return RMSNorm(x + residual) in the dtype of x, and the sum in the dtype of the residual."""
+    """Return RMSNorm(x + residual) in ``out_dtype`` or x's, and the sum in the residual's dtype."""
     total = (x.to(state_dtype(x)) + residual).to(residual.dtype)
-    return rms_norm_reference(total, weight_d, eps, x.dtype), total
+    return rms_norm_reference(total, weight_d, eps, out_dtype or x.dtype), total
 
 
 def gated_rms_norm_reference(

@@ -10,12 +10,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from mamba2lm.ops.dispatch import Impl, choose_impl
+from mamba2lm.ops.kernels import no_kernels
 from mamba2lm.ops.linear_cross_entropy.chunked import (
     linear_cross_entropy_chunked,
     linear_cross_entropy_each,
 )
 from mamba2lm.ops.linear_cross_entropy.parallel import linear_cross_entropy_parallel
 from mamba2lm.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+
+def unsupported(hidden: Tensor, reduction: str, group: ProcessGroup | None) -> str | None:
+    """Say why the kernel cannot take these inputs, or None when it can."""
+    if (reason := no_kernels(hidden)) is not None:
+        return reason
+    if reduction == "none":
+        return "reduction='none' keeps all the logits"
+    if group is not None:
+        return "the vocabulary is divided over processes"
+    return None
 
 
 def linear_cross_entropy(
@@ -44,7 +56,8 @@ def linear_cross_entropy(
             enter the softmax. None means all v.
         ignore_index: Label whose positions count for nothing.
         reduction: ``"mean"`` over labels that count (0 if there are none), ``"sum"``, ``"none"``.
-        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+        impl: ``"auto"`` (the kernel of a chunk's softmax on a GPU where it applies), ``"triton"``
+            or ``"reference"``.
         group: Processes that have an equal number of rows of ``weight`` each, in order of rank;
             ``vocab_size`` and labels count over all. The gradient of ``hidden`` is then this
             process's part of a sum over the group.
@@ -56,8 +69,9 @@ def linear_cross_entropy(
         ValueError: Shapes that do not fit, an impossible ``vocab_size``, an unknown reduction,
             or an implementation that does not exist.
     """
-    choose_impl("linear_cross_entropy", impl, hidden)
-    chunked = impl == "auto" and reduction != "none" and hidden.dtype != torch.float64
+    reason = unsupported(hidden, reduction, group)
+    chosen = choose_impl("linear_cross_entropy", impl, hidden, unsupported=reason)
+    chunked = impl != "reference" and reduction != "none" and hidden.dtype != torch.float64
     if weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; expected (v, d={hidden.shape[-1]})."
@@ -76,7 +90,9 @@ def linear_cross_entropy(
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    compute = linear_cross_entropy_chunked if chunked else linear_cross_entropy_reference
+    compute = linear_cross_entropy_reference
+    if chunked:
+        compute = functools.partial(linear_cross_entropy_chunked, kernel=chosen == "triton")
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if group is not None:
         compute = functools.partial(linear_cross_entropy_parallel, group=group)

@@ -1,0 +1,258 @@
+"""A whole Mamba-2 mixer as one autograd node, made of the operators' kernels.
+
+The same mathematics as ``Mamba2.forward``, with three savings that separate operators cannot make:
+the backward passes of the norm and of the convolution write their parts of one gradient of the
+fused projection in place, nothing is split or joined; the convolution's output and the normalised
+output, cheap to make, are made again instead of kept; and gradients of the two matrices leave
+their products in the dtype of the weights.
+
+Axes: b batch, l length, t tokens (b · l), d model width, i inner width, h heads, p head dim,
+g groups, n state, c convolved channels (x, B and C side by side), j rows of the projection
+(z, x, B, C and Δ side by side).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mamba2lm.ops.causal_conv1d import launch as conv
+from mamba2lm.ops.documents import document_ordinals
+from mamba2lm.ops.gated_rms_norm import launch as norm
+from mamba2lm.ops.products import bias_gradient, matrix_gradient
+from mamba2lm.ops.ssd import launch as ssd
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a mixer's tensors do not say themselves."""
+
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    norm_group: int
+    """Channels that are normalised together."""
+    eps: float
+    dt_limit: tuple[float, float]
+
+    @property
+    def inner(self) -> int:
+        """i."""
+        return self.heads * self.head_dim
+
+    @property
+    def convolved(self) -> int:
+        """c."""
+        return self.inner + 2 * self.groups * self.state
+
+    def split_projection(self, proj_blj: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return views of z (b, l, i), x|B|C (b, l, c) and Δ (b, l, h)."""
+        first, second = self.inner, self.inner + self.convolved
+        z_bli, xBC_blc, dt_blh = proj_blj.tensor_split((first, second), dim=-1)
+        return z_bli, xBC_blc, dt_blh[..., : self.heads]  # behind it may be padding
+
+    def split_convolved(self, xBC_blc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return views of x (b, l, h, p), B and C (b, l, g, n)."""
+        states = self.groups * self.state
+        x_bli, B_bls, C_bls = xBC_blc.split([self.inner, states, states], dim=-1)
+        return (
+            x_bli.unflatten(-1, (self.heads, self.head_dim)),
+            B_bls.unflatten(-1, (self.groups, self.state)),
+            C_bls.unflatten(-1, (self.groups, self.state)),
+        )
+
+
+def unsupported(x_bld: Tensor, conv_weight_cw: Tensor, sizes: Sizes) -> str | None:
+    """Say why not all of a mixer's kernels take these inputs, or None when they do.
+
+    Args:
+        x_bld: The mixer's input in the dtype that it computes in.
+        conv_weight_cw: Taps of the convolution.
+        sizes: The mixer's.
+    """
+    x_blhp = x_bld.new_empty(0, 0, sizes.heads, sizes.head_dim)
+    B_blgn = x_bld.new_empty(0, 0, sizes.groups, sizes.state)
+    return (
+        conv.unsupported(x_bld, conv_weight_cw)
+        or norm.unsupported(x_bld, sizes.norm_group)
+        or ssd.unsupported(x_blhp, B_blgn)
+        or ssd.unchecked(x_blhp, B_blgn)
+    )
+
+
+def fused_mamba2(
+    x_bld: Tensor,
+    in_weight_jd: Tensor,
+    in_bias_j: Tensor | None,
+    conv_weight_cw: Tensor,
+    conv_bias_c: Tensor | None,
+    A_log_h: Tensor,
+    D_h: Tensor,
+    dt_bias_h: Tensor,
+    norm_weight_i: Tensor,
+    out_weight_di: Tensor,
+    out_bias_d: Tensor | None,
+    *,
+    sizes: Sizes,
+    seq_idx_bl: Tensor | None = None,
+) -> Tensor:
+    """Run a Mamba-2 mixer from its input to its output, without states on either side.
+
+    Args:
+        x_bld: Input, in the dtype that products are computed in.
+        in_weight_jd: Projection to z, x, B, C and Δ, whose last rows may be padding; matrices and
+            taps of any float dtype.
+        in_bias_j: Its bias, or None.
+        conv_weight_cw: Taps of the convolution, oldest first.
+        conv_bias_c: Its bias, or None.
+        A_log_h: log(−A), float32.
+        D_h: Skip weights, float32.
+        dt_bias_h: Bias of the step sizes, float32.
+        norm_weight_i: Scale of the gated norm.
+        out_weight_di: Projection back.
+        out_bias_d: Its bias, or None.
+        sizes: The mixer's.
+        seq_idx_bl: Document ids, or None.
+
+    Returns:
+        (b, l, d) in the dtype of ``x_bld``. Differentiable once in every float tensor.
+
+    Source: Dao & Gu 2024 (arXiv:2405.21060), section 7.1.
+    """
+    document_bl = None if seq_idx_bl is None else document_ordinals(seq_idx_bl)
+    with torch.autocast(x_bld.device.type, enabled=False):
+        return _FusedMamba2.apply(
+            x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_log_h, D_h, dt_bias_h,
+            norm_weight_i, out_weight_di, out_bias_d, document_bl, sizes,
+        )  # fmt: skip
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+class _FusedMamba2(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x_bld: Tensor,
+        in_weight_jd: Tensor,
+        in_bias_j: Tensor | None,
+        conv_weight_cw: Tensor,
+        conv_bias_c: Tensor | None,
+        A_log_h: Tensor,
+        D_h: Tensor,
+        dt_bias_h: Tensor,
+        norm_weight_i: Tensor,
+        out_weight_di: Tensor,
+        out_bias_d: Tensor | None,
+        document_bl: Tensor | None,
+        sizes: Sizes,
+    ) -> Tensor:
+        dtype = x_bld.dtype
+        linear = torch.nn.functional.linear
+        proj_blj = linear(x_bld, in_weight_jd.to(dtype), _cast(in_bias_j, dtype))
+        z_bli, xBC_blc, dt_blh = sizes.split_projection(proj_blj)
+        convolved_blc, _ = conv.forward(
+            xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True, False
+        )
+        x_blhp, B_blgn, C_blgn = sizes.split_convolved(convolved_blc)
+        A_h = -torch.exp(A_log_h)
+        y_blhp, _, pre = ssd.forward(
+            x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h, None, document_bl,
+            True, *sizes.dt_limit,
+        )  # fmt: skip
+        normed_bli, _, scale = norm.forward(
+            y_blhp.flatten(2), z_bli, None, norm_weight_i, sizes.eps, sizes.norm_group, dtype
+        )
+        ctx.save_for_backward(
+            x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
+            norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
+        )  # fmt: skip
+        ctx.sizes = sizes
+        return linear(normed_bli, out_weight_di.to(dtype), _cast(out_bias_d, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, dout_bld: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dout_bld.device.type, enabled=False):
+            return _backward(ctx, dout_bld)
+
+
+def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
+    (
+        x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
+        norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
+    ) = ctx.saved_tensors  # fmt: skip
+    sizes: Sizes = ctx.sizes
+    wanted = ctx.needs_input_grad
+    dtype = x_bld.dtype
+    z_bli, xBC_blc, dt_blh = sizes.split_projection(proj_blj)
+    dproj_blj = torch.empty_like(proj_blj)
+    dz_bli, dxBC_blc, ddt_blh = sizes.split_projection(dproj_blj)
+    dproj_blj[..., sizes.inner + sizes.convolved + sizes.heads :] = 0
+
+    # Out of the block: dz lands in its place; the normalised output is made again on the way.
+    dout_td = dout_bld.reshape(-1, dout_bld.shape[-1])
+    dnormed_ti = dout_td @ out_weight_di.to(dtype)
+    normed_bli = torch.empty(z_bli.shape, dtype=dtype, device=z_bli.device)
+    dy_bli, _, _, dnorm_weight_i = norm.backward(
+        dnormed_ti.view(z_bli.shape), None, y_blhp.flatten(2), z_bli, norm_weight_i, scale,
+        sizes.norm_group, dtype, dz_out=dz_bli, y_out=normed_bli,
+    )  # fmt: skip
+    dout_weight_di = dout_bias_d = None
+    if wanted[9]:
+        dout_weight_di = matrix_gradient(dout_td, normed_bli.flatten(0, 1), out_weight_di.dtype)
+    if wanted[10]:
+        dout_bias_d = bias_gradient(dout_td, out_bias_d.dtype)
+    del dnormed_ti, normed_bli
+
+    # Through the SSD, over the convolution's output made again.
+    convolved_blc, _ = conv.forward(
+        xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True, False
+    )
+    x_blhp, B_blgn, C_blgn = sizes.split_convolved(convolved_blc)
+    dx_blhp, ddt, dA_h, dB_blgn, dC_blgn, dD_h, _, ddt_bias_h, _ = ssd.backward(
+        dy_bli.view(y_blhp.shape), None, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h,
+        None, document_bl, pre, True, *sizes.dt_limit,
+    )  # fmt: skip
+    ddt_blh.copy_(ddt)
+    dconvolved_blc = torch.cat([dx_blhp.flatten(2), dB_blgn.flatten(2), dC_blgn.flatten(2)], dim=2)
+    del convolved_blc, dx_blhp, dB_blgn, dC_blgn, dy_bli
+    _, dconv_weight_cw, dconv_bias_c, _ = conv.backward(
+        dconvolved_blc, None, xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True,
+        dx_out=dxBC_blc,
+    )  # fmt: skip
+    del dconvolved_blc
+
+    dproj_tj = dproj_blj.flatten(0, 1)
+    dx_bld = din_weight_jd = din_bias_j = None
+    if wanted[0]:
+        dx_bld = (dproj_tj @ in_weight_jd.to(dtype)).view(x_bld.shape)
+    if wanted[1]:
+        x_td = x_bld.reshape(-1, x_bld.shape[-1])
+        din_weight_jd = matrix_gradient(dproj_tj, x_td, in_weight_jd.dtype)
+    if wanted[2]:
+        din_bias_j = bias_gradient(dproj_tj, in_bias_j.dtype)
+    return (
+        dx_bld,
+        din_weight_jd,
+        din_bias_j,
+        dconv_weight_cw,
+        None if conv_bias_c is None else dconv_bias_c,
+        dA_h * A_h,  # of A = -exp(A_log)
+        dD_h,
+        ddt_bias_h,
+        dnorm_weight_i,
+        dout_weight_di,
+        dout_bias_d,
+        None,
+        None,
+    )
