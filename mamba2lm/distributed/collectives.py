@@ -73,13 +73,13 @@ class _CopyToParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_reduce(dx, ctx.group), None
+        return all_reduce(dx, ctx.group), None
 
 
 class _SumOfParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[override]
-        return _all_reduce(x, group)
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -94,14 +94,14 @@ class _GatherForParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _reduce_scatter(dx, ctx.dim, ctx.group), None, None
+        return reduce_scatter(dx, ctx.dim, ctx.group), None, None
 
 
 class _ScatterSumOfParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:  # type: ignore[override]
         ctx.dim, ctx.group = dim, group
-        return _reduce_scatter(x, dim, group)
+        return reduce_scatter(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -126,11 +126,13 @@ def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return whole if dim == 0 else torch.cat(whole.chunk(group.size()), dim=dim)
 
 
-def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+def all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Add a tensor over processes, without a gradient."""
     return _functional.wait_tensor(_functional.all_reduce(x.contiguous(), "sum", group.group_name))
 
 
-def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Add a tensor over processes and leave each its part along ``dim``, without a gradient."""
     if dim:
         x = torch.cat(x.chunk(group.size(), dim=dim))
     part = _functional.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)

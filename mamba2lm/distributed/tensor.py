@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -26,6 +28,7 @@ from mamba2lm.distributed.collectives import (
     copy_to_parts,
     gather_for_parts,
     gather_same,
+    reduce_scatter,
     scatter_sum_of_parts,
     sum_for_parts,
     sum_of_parts,
@@ -228,8 +231,7 @@ class DistributedWeights:
             tensor: The group, with or without split sequences.
         """
         stored = [owner._parameters[key] for owner, key, _ in self._places]
-        local = list(self._local(tensor))
-        for (owner, key, _), part in zip(self._places, local, strict=True):
+        for (owner, key, _), part in zip(self._places, self._local(tensor), strict=True):
             owner._parameters[key] = part  # type: ignore[assignment]
         return stored
 
@@ -238,21 +240,21 @@ class DistributedWeights:
         for (owner, key, _), parameter in zip(self._places, stored, strict=True):
             owner._parameters[key] = parameter
 
-    def _local(self, tensor: TensorGroup) -> Iterator[Tensor]:
-        """Yield, in order, the tensors that this process computes with."""
-        parts = []
-        for owner, key, split in self._places:
-            stored = owner._parameters[key]
-            assert stored is not None
-            parts.append(_to_local(stored, split))
-        shared = [
-            (i, j)
-            for i, (_, _, split) in enumerate(self._places)
-            if split is not None and split.gathers(tensor.size)
-            for j, segment in enumerate(split.segments)
-            if split.once or not segment.divides(tensor.size)
+    def _local(self, tensor: TensorGroup) -> Sequence[Tensor]:
+        """Return, in order, the tensors that this process computes with."""
+        stored = [owner._parameters[key] for owner, key, _ in self._places]
+        if not torch.compiler.is_compiling():
+            return _Local.apply(self, tensor, *stored)
+        parts = [
+            _to_local(parameter, split)
+            for parameter, (_, _, split) in zip(stored, self._places, strict=True)
+            if parameter is not None
         ]
-        gathered = self._gather(parts, shared, tensor)
+        return list(self.computed(parts, tensor))
+
+    def computed(self, parts: list[Tensor], tensor: TensorGroup) -> Iterator[Tensor]:
+        """Yield what is computed with, made of the parts that this process stores."""
+        gathered = self._gather(parts, self._shared(tensor), tensor)
         for i, ((_, _, split), part) in enumerate(zip(self._places, parts, strict=True)):
             if split is None or not split.gathers(tensor.size):
                 yield part if split is None else _joined([part], split)
@@ -261,10 +263,68 @@ class DistributedWeights:
             pieces: list[Tensor] = []
             for j, segment in enumerate(split.segments):
                 if (i, j) in gathered:
-                    pieces += _take(gathered[i, j], segment, split, tensor)
+                    whole = gathered[i, j]
+                    pieces += [whole.narrow(0, *rows) for rows in _taken(segment, split, tensor)]
                 else:
                     pieces.append(stored[j])
+                if split.once and tensor.rank:
+                    pieces[-1] = pieces[-1] * 0.0
             yield _joined(pieces, split)
+
+    def gradients(self, of_computed: Sequence[Tensor], tensor: TensorGroup) -> list[Tensor]:
+        """Return the gradients of what this process stores from those of what it computed with.
+
+        Those of shared segments are added over the processes, in one collective for each dtype.
+        """
+        wholes: dict[tuple[int, int], Tensor] = {}
+        owned: dict[tuple[int, int], Tensor] = {}
+        shared = set(self._shared(tensor))
+        for i, ((_, _, split), gradient) in enumerate(zip(self._places, of_computed, strict=True)):
+            if split is None or not split.gathers(tensor.size):
+                continue
+            begin = 0
+            for j, segment in enumerate(split.segments):
+                if (i, j) not in shared:
+                    rows = segment.rows // tensor.size
+                    owned[i, j] = gradient.narrow(0, begin, rows)
+                    begin += rows
+                    continue
+                whole = gradient.new_zeros(segment.rows, *gradient.shape[1:])
+                for start, rows in _taken(segment, split, tensor):
+                    if not (split.once and tensor.rank):
+                        whole.narrow(0, start, rows).add_(gradient.narrow(0, begin, rows))
+                    begin += rows
+                wholes[i, j] = whole
+        for dtype in dict.fromkeys(whole.dtype for whole in wholes.values()):
+            same = {k: whole for k, whole in wholes.items() if whole.dtype == dtype}
+            # One row a process.
+            flat = torch.cat([whole.reshape(tensor.size, -1) for whole in same.values()], dim=1)
+            mine = reduce_scatter(flat, 0, tensor.group).squeeze(0)
+            parts = mine.split([whole.numel() // tensor.size for whole in same.values()])
+            for (place, whole), part in zip(same.items(), parts, strict=True):
+                owned[place] = part.view(-1, *whole.shape[1:])
+        found = []
+        for i, ((_, _, split), gradient) in enumerate(zip(self._places, of_computed, strict=True)):
+            if split is None:
+                found.append(gradient)
+            elif split.gathers(tensor.size):
+                found.append(torch.cat([owned[i, j] for j in range(len(split.segments))]))
+            elif split.dim == 0:  # perhaps with padding
+                rows = sum(segment.rows // tensor.size for segment in split.segments)
+                found.append(gradient.narrow(0, 0, rows))
+            else:
+                found.append(gradient)
+        return found
+
+    def _shared(self, tensor: TensorGroup) -> list[tuple[int, int]]:
+        """Return (parameter, segment) of what all processes gather."""
+        return [
+            (i, j)
+            for i, (_, _, split) in enumerate(self._places)
+            if split is not None and split.gathers(tensor.size)
+            for j, segment in enumerate(split.segments)
+            if split.once or not segment.divides(tensor.size)
+        ]
 
     def _gather(
         self, parts: list[Tensor], shared: list[tuple[int, int]], tensor: TensorGroup
@@ -289,6 +349,35 @@ class DistributedWeights:
         return gathered
 
 
+class _Local(torch.autograd.Function):
+    """What is computed with, as one node: for a small layer, the host's time is in its nodes."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, weights: DistributedWeights, tensor: TensorGroup, *stored: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.weights, ctx.tensor, ctx.stored = weights, tensor, stored
+        parts = [p._local_tensor if isinstance(p, DTensor) else p for p in stored]
+        return tuple(part.detach() for part in weights.computed(parts, tensor))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        found = ctx.weights.gradients(gradients, ctx.tensor)
+        # The gradient of a replicated weight is the same everywhere; or, where each process uses it
+        # on its own part of the sequence, a part of a sum that is made once a step, not here.
+        return None, None, *(
+            DTensor.from_local(
+                gradient.contiguous(), parameter.device_mesh, parameter.placements,
+                run_check=False, shape=parameter.shape, stride=parameter.stride(),
+            )
+            if isinstance(parameter, DTensor) else gradient
+            for gradient, parameter in zip(found, ctx.stored, strict=True)
+        )  # fmt: skip
+
+
 def _to_local(stored: Tensor, split: Split | None) -> Tensor:
     if not isinstance(stored, DTensor):
         return stored
@@ -306,12 +395,12 @@ def _joined(pieces: list[Tensor], split: Split) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=0)
 
 
-def _take(whole: Tensor, segment: Segment, split: Split, tensor: TensorGroup) -> list[Tensor]:
-    """Cut the rows of this process's units out of a whole segment, which all have gathered."""
+def _taken(segment: Segment, split: Split, tensor: TensorGroup) -> list[tuple[int, int]]:
+    """Return (start, rows) of this process's units in a whole segment, which all have gathered.
+
+    Slices, not an index: a tensor of numbers would have to be sent to the device and waited for.
+    """
     if split.once:
-        return [whole if tensor.rank == 0 else whole * 0.0]
-    # Slices, not an index: a tensor of numbers would have to be sent to the device and waited for.
+        return [(0, segment.rows)]
     width = segment.width
-    return [
-        whole.narrow(0, unit * width, width) for unit in segment.units_of(tensor.rank, tensor.size)
-    ]
+    return [(unit * width, width) for unit in segment.units_of(tensor.rank, tensor.size)]
