@@ -2,6 +2,7 @@
 
     python -m benchmarks.ops check                    every configuration against float64
     python -m benchmarks.ops time --out results.json  forward and backward, kernels and wall
+    python -m benchmarks.ops lengths --out l.json     time per token against length, and attention's
     python -m benchmarks.ops tune --out tuning.json --tuned mamba2lm/ops/ssd/tuned/sm90.json
 
 Nothing is timed that was not found correct in the same run.
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from mamba2lm.ops.discretisation import step_sizes
 from mamba2lm.ops.documents import document_ordinals
@@ -115,7 +118,8 @@ def reference(inputs: dict[str, Tensor], document: Tensor | None) -> tuple[Tenso
 
 def kernel(inputs: dict[str, Tensor], document: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute the SSD with the Triton kernels."""
-    return ssd_triton(**inputs, dt_softplus=True, document=document)
+    tensors: dict[str, Any] = {**inputs}
+    return ssd_triton(**tensors, dt_softplus=True, document=document)
 
 
 def with_gradients(
@@ -312,7 +316,7 @@ def time_shape(shape: Shape, peer_chunks: Iterable[int]) -> dict[str, Any]:
     for name, function in contenders.items():
         if function is None:
             continue
-        row[name] = {}
+        row[name] = {"kept_bytes": kept_memory(function, inputs)}
         for which, run in passes(function, inputs, dy).items():
             kernels = kernel_times(run)
             row[name][which] = {
@@ -322,6 +326,57 @@ def time_shape(shape: Shape, peer_chunks: Iterable[int]) -> dict[str, Any]:
                 "by_kernel_ms": kernels,
             }
     return row
+
+
+def kept_memory(function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> int:
+    """Return the bytes that a forward pass leaves for the backward pass, its output among them."""
+    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = function(leaves)
+    torch.cuda.synchronize()
+    kept = torch.cuda.memory_allocated() - before
+    del y
+    return kept
+
+
+def attention(inputs: dict[str, Tensor]) -> Tensor:
+    """Call causal flash attention; q, k and v are (b, h, l, p)."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
+
+
+def time_lengths() -> list[dict[str, Any]]:
+    """Time 32K tokens (or one longer sequence) at lengths 2K to 256K, as a model of width 2048.
+
+    Its SSD has 64 heads of 64, its attention 16 heads of 128.
+    """
+    rows: list[dict[str, Any]] = []
+    for length in (2**k for k in range(11, 19)):
+        b = max(1, 2**15 // length)
+        row: dict[str, Any] = {"length": length, "batch": b}
+        contenders: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]] = {
+            f"ssd_n{n}": (
+                ours,
+                draw(Shape("", b, length, 64, n=n), torch.bfloat16, initial=False),
+            )
+            for n in (64, 128)
+        }
+        if length <= 2**15:
+            shape = (b, 16, length, 128)
+            qkv = {k: torch.randn(shape, device="cuda", dtype=torch.bfloat16) for k in "qkv"}
+            contenders["attention"] = (attention, qkv)
+        for name, (function, inputs) in contenders.items():
+            dy = torch.randn_like(function(inputs))
+            for which, run in passes(function, inputs, dy).items():
+                milliseconds = sum(kernel_times(run, repeats=5).values())
+                row[f"{name}_{which}_us_per_1k_tokens"] = milliseconds * 1e3 / (b * length / 1024)
+        rows.append(row)
+        numbers = "  ".join(f"{k.removesuffix('_us_per_1k_tokens')} {v:.1f}"
+                            for k, v in row.items() if k not in ("length", "batch"))  # fmt: skip
+        sys.stdout.write(f"{length:7d}  microseconds per 1K tokens: {numbers}\n")
+        sys.stdout.flush()
+    return rows
 
 
 def table(row: dict[str, Any]) -> str:
@@ -342,8 +397,13 @@ def table(row: dict[str, Any]) -> str:
                 other = min(take(entry[which]) for entry in peers)
                 text += f" peer {other:6.3f} {other / take(mine):5.2f}x"
         lines.append(text)
-    return "\n".join(lines)
+    text = f"{'':14s} kept for the backward pass: {row['ours']['kept_bytes'] / 2**20:.0f} MiB"
+    if peers:
+        text += f", peer {min(entry['kept_bytes'] for entry in peers) / 2**20:.0f} MiB"
+    return "\n".join([*lines, text])
 
+
+FORWARD = ("fused", "states", "scan")
 
 KERNELS = {
     "fused": "fused_kernel",
@@ -356,14 +416,14 @@ KERNELS = {
 
 
 def candidates(kernel_name: str, shape: Shape, base: Config) -> list[Config]:
-    """List what tuning tries for one kernel."""
+    """List what tuning tries for one kernel: a chunk and how to launch it."""
     wide = shape.n > 128
     if kernel_name == "fused":
         tried = [(64, Blocks(w, s, p)) for w in (4, 8) for p in (32, 64) for s in (1, 2, 3)]
     elif kernel_name in ("states", "states_backward"):
         tried = [
             (q, Blocks(w, s, 64, n))
-            for q in ((64, 128) if kernel_name == "states" else (64,))
+            for q in (64, 128)
             for w, n in ((4, 64), (4, 128), (8, 128))
             for s in (2, 3)
             if (q, w, n) != (128, 4, 128)
@@ -377,20 +437,33 @@ def candidates(kernel_name: str, shape: Shape, base: Config) -> list[Config]:
         ]
     elif kernel_name == "through":
         tried = [
-            (64, Blocks(w, s, n=n, programs=k))
-            for w, n in (((8, 256),) if wide else ()) + ((4, 64), (4, 128), (8, 128))
+            (q, Blocks(w, s, n=n, programs=k))
+            for q, w, n in (
+                *(((64, 8, 256),) if wide else ()),
+                (64, 4, 64), (64, 4, 128), (64, 8, 128), (128, 8, 64), (128, 8, 128),
+            )
             for s in (2, 3)
-            for k in (1056, 2112)
-        ]
+            for k in (528, 2112)
+        ]  # fmt: skip
     else:
         tried = [
-            (64, Blocks(w, s, programs=k))
-            for w in ((4, 8) if wide else (4,))
+            (q, Blocks(w, s, programs=k))
+            for q, w in ((64, 4), *(((64, 8),) if wide else ()), (128, 8))
             for s in (1, 2, 3)
-            for k in (264, 528)
+            for k in (132, 264)
         ]
+    if kernel_name in FORWARD:
+        return [
+            dataclasses.replace(base, forward_chunk=q, **{kernel_name: blocks})
+            for q, blocks in tried
+        ]
+    # What the kernels beside it can be launched with at either chunk.
+    fitting: dict[str, Any] = {
+        "states_backward": Blocks(8, 2), "through": Blocks(8, 2, n=64), "within": Blocks(8, 1),
+    }  # fmt: skip
     return [
-        dataclasses.replace(base, forward_chunk=q, **{kernel_name: blocks}) for q, blocks in tried
+        dataclasses.replace(base, **{**fitting, "chunk": q, kernel_name: blocks})
+        for q, blocks in tried
     ]
 
 
@@ -412,7 +485,7 @@ def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[s
     """Check and time one kernel under many configurations, fastest first."""
     inputs = draw(shape, torch.bfloat16, initial=False)
     dy = torch.randn(inputs["x"].shape, device="cuda", dtype=torch.bfloat16)
-    which = "forward" if kernel_name in ("fused", "states", "scan") else "both"
+    which = "forward" if kernel_name in FORWARD else "both"
     run = passes(ours, inputs, dy)[which]
     small = dataclasses.replace(shape, b=2, length=1000, h=64)
     found = []
@@ -420,7 +493,7 @@ def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[s
         override_config(config)
         entry: dict[str, Any] = {
             "blocks": dataclasses.asdict(getattr(config, kernel_name)),
-            "forward_chunk": config.forward_chunk,
+            "chunk": config.forward_chunk if kernel_name in FORWARD else config.chunk,
         }
         try:
             times = kernel_times(run, repeats=3)
@@ -450,40 +523,44 @@ CLASSES: tuple[tuple[str, str, dict[str, tuple[int, int]]], ...] = (
 def best_config(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Put the fastest correct choice for every kernel together as the entry of a tuned file.
 
-    The two kernels of the chunked forward schedule must agree on a chunk: the sum decides.
+    Kernels of one pass must agree on a chunk: the sum of their times decides.
     """
     good = {name: [e for e in entries if e.get("ok")] for name, entries in found.items()}
-    chosen: dict[str, Any] = {"chunk": 64, "forward_chunk": 64}
-    if "scan" in good:
-        sums = {
-            q: sum(
-                min((e["ms"] for e in good[name] if e["forward_chunk"] == q), default=float("inf"))
-                for name in ("states", "scan")
-            )
-            for q in (64, 128)
-        }
-        chosen["forward_chunk"] = min(sums, key=lambda q: sums[q])
-    for name, entries in good.items():
-        fitting = [
-            e
-            for e in entries
-            if name not in ("states", "scan") or e["forward_chunk"] == chosen["forward_chunk"]
-        ]
-        chosen[name] = fitting[0]["blocks"]
+    chosen: dict[str, Any] = {}
+    for key in ("chunk", "forward_chunk"):
+        names = [name for name in good if (name in FORWARD) == (key == "forward_chunk")]
+        if not names:
+            continue
+
+        def fastest(name: str, q: int) -> dict[str, Any]:
+            return next((e for e in good[name] if e["chunk"] == q), {"ms": float("inf")})
+
+        chunk = min((64, 128), key=lambda q: sum(fastest(name, q)["ms"] for name in names))
+        chosen[key] = chunk
+        chosen |= {name: fastest(name, chunk)["blocks"] for name in names}
     return chosen
 
 
-def tune_all(jobs: int, out: Path | None, tuned: Path | None) -> list[dict[str, Any]]:
-    """Tune every class of shapes; write all timings, and the entries of a tuned file."""
+def tune_all(
+    jobs: int,
+    out: Path | None,
+    tuned: Path | None,
+    shapes: list[str] | None,
+    kernels: list[str] | None,
+) -> list[dict[str, Any]]:
+    """Tune classes of shapes, all by default; write all timings, and entries of a tuned file."""
     by_name = {shape.name: shape for shape in SHAPES}
     work: list[tuple[Shape, str, list[Config]]] = []
-    for shape_name, names, _ in CLASSES:
+    classes = [entry for entry in CLASSES if shapes is None or entry[0] in shapes]
+    for shape_name, names, _ in classes:
         shape = by_name[shape_name]
         config = choose_config(
             torch.cuda.get_device_capability()[0],
             bits=16, rows=shape.b * shape.h, length=shape.length, p=shape.p, n=shape.n,
         )  # fmt: skip
         for name in names.split():
+            if kernels is not None and name not in kernels:
+                continue
             chunked = name in ("states", "scan")
             base = dataclasses.replace(config, fused=None) if chunked else config
             work.append((shape, name, candidates(name, shape, base)))
@@ -500,17 +577,17 @@ def tune_all(jobs: int, out: Path | None, tuned: Path | None) -> list[dict[str, 
         if out:
             out.write_text(json.dumps(rows, indent=1) + "\n")
     if tuned:
-        # Entries of float32 and of unusual states only have to fit, and stay as they are.
-        fixed = (
-            {"bits": [32, 64]}, {"state": [16385, 10**9]}, {"p": [1, 32]}, {"n": [1, 32]},
-            {"p": [128, 128]},
-        )  # fmt: skip
-        kept = [e for e in json.loads(tuned.read_text()) if e["when"] in fixed]
-        entries = [
-            {"when": bounds, "use": best_config(results[name])} for name, _, bounds in CLASSES
-        ]
-        tuned.write_text(json.dumps(kept + entries, indent=1) + "\n")
+        bounds = {name: when for name, _, when in classes}
+        entries = json.loads(tuned.read_text())
+        for name in results:
+            entry = next(e for e in entries if _pairs(e["when"]) == _pairs(bounds[name]))
+            entry["use"] |= best_config(results[name])
+        tuned.write_text(json.dumps(entries, indent=1) + "\n")
     return rows
+
+
+def _pairs(bounds: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: list(pair) for name, pair in bounds.items()}
 
 
 def environment() -> dict[str, str]:
@@ -528,17 +605,25 @@ def environment() -> dict[str, str]:
 def main() -> int:
     """Run one command and write its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["check", "time", "tune"])
+    parser.add_argument("command", choices=["check", "time", "lengths", "tune"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tuned", type=Path, help="file of block sizes that tune rewrites")
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default all")
+    parser.add_argument("--kernels", nargs="*", help="names of kernels, for tune; default all")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile, for tune")
     parser.add_argument("--peer-chunks", nargs="*", type=int, default=[128, 256])
     arguments = parser.parse_args()
     if arguments.command == "tune":
-        rows = tune_all(arguments.jobs, arguments.out, arguments.tuned)
+        rows = tune_all(
+            arguments.jobs, arguments.out, arguments.tuned, arguments.shapes, arguments.kernels
+        )
         return int(not all(any(e.get("ok") for e in row["found"]) for row in rows))
     results: dict[str, Any] = {"environment": environment(), "rows": []}
+    if arguments.command == "lengths":
+        results["rows"] = time_lengths()
+        if arguments.out:
+            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        return 0
     failed = False
     for shape in SHAPES:
         if arguments.shapes and shape.name not in arguments.shapes:

@@ -84,6 +84,8 @@ def compose(model: str, *overrides: str) -> TrainConfig:
 def product_rate(size: int = 8192, seconds: float = 0.5) -> float:
     """Return the FLOP/s of a bf16 product that goes on long enough for clocks to settle."""
     a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    torch.mm(a, b)
+    torch.cuda.synchronize()
     count, begin = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - begin) < seconds:
         for _ in range(10):

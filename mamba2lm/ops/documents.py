@@ -5,6 +5,8 @@ Letters: b batch, l length.
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +33,30 @@ def document_ordinals(seq_idx_bl: Tensor) -> Tensor:
         seq_idx_bl: Integer document ids, (b, l); see ``document_starts``.
 
     Returns:
-        int64 (b, l), non-decreasing along l and 0 at position 0.
+        int32 (b, l), non-decreasing along l and 0 at position 0. On a GPU the last answer is kept
+        for the next question: every layer of a model asks the same.
     """
-    return document_starts(seq_idx_bl).to(torch.int64).cumsum(dim=1)
+    if not _remembers(seq_idx_bl):
+        return _ordinals(seq_idx_bl)
+    global _last
+    last = _last
+    if last is None or last[0]() is not seq_idx_bl or last[1] != seq_idx_bl._version:
+        _last = last = weakref.ref(seq_idx_bl), seq_idx_bl._version, _ordinals(seq_idx_bl)
+    return last[2]
+
+
+_last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+
+
+def _ordinals(seq_idx_bl: Tensor) -> Tensor:
+    return document_starts(seq_idx_bl).cumsum(dim=1, dtype=torch.int32)
+
+
+def _remembers(seq_idx_bl: Tensor) -> bool:
+    """Return whether a change of these ids would show, so that an answer may be kept."""
+    return not (
+        torch.compiler.is_compiling()
+        or not seq_idx_bl.is_cuda
+        or seq_idx_bl.is_inference()
+        or torch.cuda.is_current_stream_capturing()
+    )

@@ -14,7 +14,7 @@ PATTERNS = ("MM", "SS", "MSAF")
 def small_wide(pattern: str) -> LanguageModel:
     """Return a small model whose mixers are of sizes that the kernels take."""
     config = small_config(pattern)
-    config.mixers["M"].update(d_state=16, headdim=16)
+    config.mixers["M"].update(d_state=16, headdim=32)
     config.mixers["S"].update(d_state=16)
     model = LanguageModel(config)
     model.init_weights(0)
@@ -68,3 +68,18 @@ def test_a_training_step_compiles_around_the_kernels() -> None:
     assert abs(eager.item() - found.item()) <= 1e-2
     found.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["M", "S"])
+def test_a_layer_compiles_whole(pattern: str) -> None:
+    block = small_wide(pattern).blocks[0].to("cuda")
+    mixer = block.mixer
+    x = torch.randn(2, 130, small_config(pattern).d_model, device="cuda", requires_grad=True)
+    compiled = torch.compile(lambda hidden: mixer(hidden)[0], fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        eager, found = mixer(x)[0], compiled(x)
+    torch.testing.assert_close(found, eager, rtol=2e-2, atol=2e-2)
+    weight = torch.randn_like(eager)
+    expected, gradient = (torch.autograd.grad(y, x, weight)[0] for y in (eager, found))
+    assert (gradient - expected).norm() <= 2e-2 * expected.norm()

@@ -48,3 +48,14 @@ def test_returning_ids_start_new_documents() -> None:
         [False, False, True, True, False, False],
         [False] * 6,
     ]
+
+
+@pytest.mark.gpu
+def test_ordinals_are_remembered_until_the_ids_change() -> None:
+    ids = torch.tensor([[3, 3, 5, 3]], device="cuda")
+    first = document_ordinals(ids)
+    assert document_ordinals(ids) is first
+    ids[0, 1] = 4
+    assert document_ordinals(ids).tolist() == [[0, 1, 2, 3]]
+    assert document_ordinals(ids.clone()).tolist() == [[0, 1, 2, 3]]
+    assert first.tolist() == [[0, 0, 1, 2]]

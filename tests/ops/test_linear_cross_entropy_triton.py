@@ -26,7 +26,7 @@ from .tolerances import NAIVE_ERROR_RATIO, relative_error
 
 pytest.importorskip("triton")
 
-SMALL = Blocks(elements=16, warps=1)
+SMALL = Blocks(elements=16, warps=1, stages=2)
 
 
 @pytest.fixture(autouse=True)
@@ -150,7 +150,10 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
     for logits in ("*bf16", "*fp32"):
         compile_kernel(
             softmax.softmax_gradient_kernel,
-            {"GRADIENT": True, "BLOCK": launch.TUNED.elements, "UNIT": 8},
+            {
+                "GRADIENT": True, "BLOCK": launch.TUNED.elements, "UNIT": 8,
+                "STAGES": launch.TUNED.stages,
+            },  # fmt: skip
             {"x": logits, "labels": "*i64", "loss": "*fp32"},
             target,
             num_warps=launch.TUNED.warps,

@@ -40,7 +40,9 @@ runs_kernels = pytest.mark.skipif(
 DEVICE = "cuda" if torch.cuda.is_available() and not kernels.INTERPRETED else "cpu"
 
 SMALL = Blocks(channels=8, steps=4, alone=1)
-SEQUENTIAL = Config(chunk=32, scan=SMALL, ends=SMALL, gradients=replace(SMALL, programs=1))
+SEQUENTIAL = Config(
+    chunk=32, scan=SMALL, ends=SMALL, gradients=replace(SMALL, channels=16, programs=1)
+)
 SEGMENTS = Config(
     chunk=16,
     scan=replace(SMALL, steps=2, alone=1000, programs=1000),
@@ -49,6 +51,7 @@ SEGMENTS = Config(
     keep=False,
     blocks=1,
     segment=16,
+    dot=False,
 )
 
 

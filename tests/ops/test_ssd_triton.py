@@ -163,11 +163,40 @@ def test_kernels_in_the_interpreter() -> None:
     assert "12 passed" in done.stdout.splitlines()[-1], done.stdout[-300:]
 
 
+# Their gradients have one number a head.
+VECTORS = ("dA", "dD", "ddt_bias")
+
+HALF_INPUTS = ("x", "B", "C", "dt", "z")
+
+
+def half_precision(
+    shape: tuple[int, int, int, int, int, int], dtype: torch.dtype, *, packed: bool, seed: int
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Return every result of float64, plain PyTorch in half precision, and the kernels."""
+    b, length, h, p, g, n = shape
+    inputs = draw(b, length, h, p, g, n, seed=seed)
+    for name in HALF_INPUTS:
+        inputs[name] = inputs[name].to(dtype)
+    ids = seq_idx(b, length).to(DEVICE) if packed else None
+    generator = torch.Generator().manual_seed(1)
+    weights = (
+        torch.randn(b, length, h, p, generator=generator).to(DEVICE, dtype),
+        torch.randn(b, h, p, n, generator=generator).to(DEVICE),
+    )
+    exact, _ = run(inputs, torch.float64, "reference", weights, seq_idx=ids)
+    plain, _ = run(inputs, dtype, "reference", weights, seq_idx=ids)
+    found, _ = run(inputs, dtype, "triton", weights, seq_idx=ids)
+    again, _ = run(inputs, dtype, "triton", weights, seq_idx=ids)
+    for name in exact:
+        assert torch.equal(found[name], again[name]), name
+    return {name: (value, plain[name], found[name]) for name, value in exact.items()}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    ("b", "length", "h", "p", "g", "n"),
+    "shape",
     [
         (8, 1, 64, 64, 1, 128),
         (2, 63, 64, 64, 1, 128),
@@ -183,35 +212,35 @@ def test_kernels_in_the_interpreter() -> None:
     ],
 )
 def test_half_precision_loses_no_more_than_plain_pytorch(
-    b: int, length: int, h: int, p: int, g: int, n: int, packed: bool, dtype: torch.dtype
+    shape: tuple[int, int, int, int, int, int], packed: bool, dtype: torch.dtype
 ) -> None:
-    # Gradients of vectors have one number a head, and a few of them outweigh the others: many heads
-    # and the mean square over draws tell a loss of precision from chance.
-    draws = 3
-    squares: dict[str, list[float]] = {}
-    for seed in range(draws):
-        inputs = draw(b, length, h, p, g, n, seed=seed)
-        for name in ("x", "B", "C", "dt", "z"):
-            inputs[name] = inputs[name].to(dtype)
-        ids = seq_idx(b, length).to(DEVICE) if packed else None
-        plain, weights = run(inputs, dtype, "reference", seq_idx=ids)
-        weights = (weights[0].to(dtype), weights[1])
-        plain, _ = run(inputs, dtype, "reference", weights, seq_idx=ids)
-        exact, _ = run(inputs, torch.float64, "reference", weights, seq_idx=ids)
-        found, _ = run(inputs, dtype, "triton", weights, seq_idx=ids)
-        again, _ = run(inputs, dtype, "triton", weights, seq_idx=ids)
-        for name, value in exact.items():
-            assert torch.equal(found[name], again[name]), name
-            error, limit = (relative_error(r[name], value) for r in (found, plain))
-            sums = squares.setdefault(name, [0.0, 0.0])
-            sums[0] += error**2
-            sums[1] += limit**2
-    bad = {
-        name: (math.sqrt(error / draws), math.sqrt(limit / draws))
-        for name, (error, limit) in squares.items()
-        if math.sqrt(error) > NAIVE_ERROR_RATIO * max(math.sqrt(limit), 1e-6)
-    }
-    assert not bad
+    for name, (exact, plain, found) in half_precision(shape, dtype, packed=packed, seed=0).items():
+        if name not in VECTORS:
+            limit = max(relative_error(plain, exact), 1e-6)
+            assert relative_error(found, exact) <= NAIVE_ERROR_RATIO * limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", [(2, 300, 64, 64, 1, 128), (2, 1500, 64, 64, 2, 64)])
+def test_gradients_of_vectors_lose_no_more_than_plain_pytorch(
+    shape: tuple[int, int, int, int, int, int], packed: bool, dtype: torch.dtype
+) -> None:
+    """Compare the median error of many heads: those of a few are chance, the largest ones' most.
+
+    Each head's error counts relative to its gradient, or to the mean one where that is larger.
+    """
+    errors: dict[str, list[Tensor]] = {name: [] for name in VECTORS}
+    for seed in range(12):
+        results = half_precision(shape, dtype, packed=packed, seed=seed)
+        for name in VECTORS:
+            exact, *others = (value.double() for value in results[name])
+            scale = exact.abs() + exact.abs().mean()
+            errors[name].append(torch.stack([(v - exact).abs() / scale for v in others]))
+    for name, all_heads in errors.items():
+        plain, found = torch.cat(all_heads, dim=1).median(dim=1).values.tolist()
+        assert found <= NAIVE_ERROR_RATIO * max(plain, 1e-6), name
 
 
 @pytest.mark.gpu
@@ -229,14 +258,88 @@ def test_tuned_float32_matches_the_reference(p: int, n: int) -> None:
 @pytest.mark.parametrize("n", launch.STATES)
 def test_every_tuned_shape_runs_in_bfloat16(p: int, n: int, rows: int) -> None:
     """Both few chunks and many: they keep their states in different dtypes."""
+    if p < 32:
+        pytest.skip("the kernels refuse such heads in half precision")
     for length in (100, 577):
         inputs = draw(rows // 4, length, 4, p, 2, n)
-        for name in ("x", "B", "C", "dt", "z"):
+        for name in HALF_INPUTS:
             inputs[name] = inputs[name].bfloat16()
         exact, weights = run(inputs, torch.float64, "reference")
         found, _ = run(inputs, torch.bfloat16, "triton", weights)
         for name, value in exact.items():
-            assert relative_error(found[name], value) <= 0.03, name
+            # One number a head for four heads is too few for its error to average out.
+            limit = 0.1 if name in VECTORS else 0.03
+            assert relative_error(found[name], value) <= limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", [1e-6, 1.0, 80.0])
+def test_tuned_half_precision_takes_extreme_decays(decay: float) -> None:
+    inputs = draw(1, 1000, 16, 64, 1, 128, decay=decay)
+    for name in HALF_INPUTS:
+        inputs[name] = inputs[name].bfloat16()
+    ids = seq_idx(1, 1000).to(DEVICE)
+    exact, weights = run(inputs, torch.float64, "reference", seq_idx=ids)
+    plain, _ = run(inputs, torch.bfloat16, "reference", weights, seq_idx=ids)
+    found, _ = run(inputs, torch.bfloat16, "triton", weights, seq_idx=ids)
+    for name, value in exact.items():
+        limit = max(relative_error(plain[name], value), 4e-3)
+        assert relative_error(found[name], value) <= NAIVE_ERROR_RATIO * limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_of_262144_positions_matches_the_reference(dtype: torch.dtype) -> None:
+    inputs = draw(1, 1 << 18, 2, 64, 1, 128, decay=0.1)
+    for name in HALF_INPUTS:
+        inputs[name] = inputs[name].to(dtype)
+    exact, weights = run(inputs, torch.float64, "reference")
+    found, _ = run(inputs, dtype, "triton", weights)
+    limit = FLOAT_LIMIT if dtype == torch.float32 else 0.02
+    for name, value in exact.items():
+        assert relative_error(found[name], value) <= limit, name
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count() -> None:
+    """Groups are independent: the last one alone must give what it gives among 2.2 billion."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 76e9:
+        pytest.skip(f"needs 76 GB of GPU memory, {free / 1e9:.0f} are free")
+    length, heads, groups = (1 << 19) + (1 << 14), 64, 16
+    assert length * heads * 64 > 1 << 31
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+
+    x, dy = randn(1, length, heads, 64), randn(1, length, heads, 64)
+    B, C = (randn(1, length, groups, 128) for _ in "BC")
+    dt, A = randn(1, length, heads), -torch.rand(heads, device="cuda") - 0.5
+    override_config(choose_config(9, bits=16, rows=heads, length=length, p=64, n=128))
+
+    def gradients(*inputs: Tensor, dy: Tensor) -> list[Tensor]:
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        y = ssd(*leaves, dt_softplus=True, impl="triton")
+        last = heads // groups
+        kept = [y.detach()[:, :, -last:].clone()]
+        for gradient in torch.autograd.grad(y, leaves, dy):
+            axis = 0 if gradient.ndim == 1 else 2
+            size = gradient.shape[axis]
+            share = size // groups if y.shape[2] == heads else size
+            kept.append(gradient.narrow(axis, size - share, share).clone())
+        return kept
+
+    found = gradients(x, dt, A, B, C, dy=dy)
+    last = heads // groups
+    alone = gradients(
+        x.detach()[:, :, -last:].contiguous(), dt.detach()[:, :, -last:].contiguous(),
+        A.detach()[-last:].clone(), B.detach()[:, :, -1:].contiguous(),
+        C.detach()[:, :, -1:].contiguous(), dy=dy[:, :, -last:].contiguous(),
+    )  # fmt: skip
+    for name, a, b in zip(("y", "dx", "ddt", "dA", "dB", "dC"), found, alone, strict=True):
+        assert a.isfinite().all(), name
+        assert relative_error(a.float(), b.float()) <= 4e-3, name
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from torch import Tensor
 from mamba2lm.ops.kernels import Launches, on_device
 
 ALIGNED = 8
-"""Elements by which the stride is divided where it can be; see ``softmax.py``."""
+"""Elements by which stride and width are divided where they can be; see ``softmax.py``."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Blocks:
     elements: int = 4096
     """Logits at a time, a power of two."""
     warps: int = 8
+    stages: int = 1
+    """Depth of software pipelining over the first reading."""
 
 
 TUNED = Blocks()
@@ -69,7 +71,7 @@ def softmax_gradient(
     blocks = TUNED if _override is None else _override
     labels_s = labels_s.contiguous()
     stride = logits_sv.stride(0)
-    unit = ALIGNED if stride % ALIGNED == 0 else 1
+    unit = ALIGNED if (stride | padded) % ALIGNED == 0 else 1
     # Chunks differ in their number of tokens, on which nothing compiled depends.
     aligned = logits_sv.data_ptr() % 16, labels_s.data_ptr() % 16
     key = (logits_sv.dtype, aligned, unit, gradient)
@@ -77,8 +79,9 @@ def softmax_gradient(
     with on_device(logits_sv.device):
         launch(
             _kernel(), (rows, 1, 1),
-            logits_sv, labels_s, loss_s, stride // unit, vocab_size, padded, ignore_index,
+            logits_sv, labels_s, loss_s, stride // unit, vocab_size, padded // unit, ignore_index,
             warps=blocks.warps, GRADIENT=gradient, BLOCK=blocks.elements, UNIT=unit,
+            STAGES=blocks.stages,
         )  # fmt: skip
     return loss_s
 

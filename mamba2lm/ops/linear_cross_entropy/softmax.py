@@ -5,8 +5,9 @@
 A program owns a token. It reads the row twice, the second time mostly from the cache: once for the
 largest logit and the sum, once to write the gradient over it. Everything is computed in float32.
 
-Letters: s tokens, v vocabulary, c a block of it. ``x_s`` is the stride of rows, divided by
-``UNIT``, a power of two: multiplying by it again shows the compiler that rows are aligned.
+Letters: s tokens, v vocabulary, c a block of it. ``x_s`` is the stride of rows and ``padded`` their
+width, divided by ``UNIT``, a power of two: multiplying by it again shows the compiler that rows are
+aligned, and that a mask by the width is the same for whole vectors of logits.
 """
 
 # Triton compiles the bodies below; the types of Python are not the types of its language.
@@ -30,7 +31,7 @@ LOWEST = tl.constexpr(-1e38)
 @triton.jit(do_not_specialize=["x_s", "vocab_size", "padded", "ignore_index"])
 def softmax_gradient_kernel(
     x_ptr, labels_ptr, loss_ptr, x_s, vocab_size, padded, ignore_index,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute one token's loss, and write the gradient over its logits if wanted.
 
@@ -39,6 +40,7 @@ def softmax_gradient_kernel(
     """
     s = tl.cast(tl.program_id(0), tl.int64)
     x_ptr += s * x_s * UNIT
+    padded *= UNIT
     label = tl.load(labels_ptr + s)
     counts = label != ignore_index
     # Before anything is written, so before the gradient takes its place.
@@ -46,9 +48,9 @@ def softmax_gradient_kernel(
     c = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        mask = c < vocab_size - start
-        x = tl.load(x_ptr + start + c, mask=mask, other=float("-inf")).to(tl.float32) * LOG2_E
+    for start in tl.range(0, vocab_size, BLOCK, num_stages=STAGES):
+        x = tl.load(x_ptr + start + c, mask=c < padded - start, other=float("-inf"))
+        x = tl.where(c < vocab_size - start, x.to(tl.float32) * LOG2_E, float("-inf"))
         # One of the two exponentials of an online softmax is always that of zero.
         rise = x - highest
         factor = tl.exp2(-tl.abs(rise))
@@ -61,9 +63,9 @@ def softmax_gradient_kernel(
     if GRADIENT:
         scale = tl.where(counts, 1.0 / total, 0.0)
         for start in range(0, padded, BLOCK):
-            mask = c < vocab_size - start
-            x = tl.load(x_ptr + start + c, mask=mask, other=float("-inf")).to(tl.float32)
-            dx = tl.exp2(x * LOG2_E - top) * scale
+            inside = c < padded - start
+            x = tl.load(x_ptr + start + c, mask=inside, other=float("-inf")).to(tl.float32)
+            x = tl.where(c < vocab_size - start, x * LOG2_E, float("-inf"))
+            dx = tl.exp2(x - top) * scale
             dx = tl.where((c + start == label) & counts, dx - 1.0, dx)
-            dx = dx.to(x_ptr.dtype.element_ty)
-            tl.store(x_ptr + start + c, dx, mask=c < padded - start)
+            tl.store(x_ptr + start + c, dx.to(x_ptr.dtype.element_ty), mask=inside)
