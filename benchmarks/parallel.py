@@ -47,10 +47,10 @@ LOSS_TOLERANCE = 2e-2
 """How far the losses of the first steps may lie apart: bfloat16 sums in another order."""
 
 
-def model_config(name: str) -> ModelConfig:
-    """Return a preset of ``configs/model``."""
+def model_config(name: str, changes: list[str]) -> ModelConfig:
+    """Return a preset of ``configs/model``, with changes as Hydra takes them."""
     with initialize_config_dir(str(CONFIGS / "model"), version_base="1.3"):
-        config = from_mapping(ModelConfig, compose(name), "model")
+        config = from_mapping(ModelConfig, compose(name, overrides=changes), "model")
     config.fit_vocabulary(257)
     return config
 
@@ -184,7 +184,11 @@ class Run:
         events = [e for e in recorded if e.device_type() == torch.autograd.DeviceType.CUDA]
         names = [event.name() for event in events]
         spans = [
-            (event.start_ns() / 1000, event.end_ns() / 1000, "nccl" in name.lower())
+            (
+                event.start_ns() / 1000,
+                (event.start_ns() + event.duration_ns()) / 1000,
+                "nccl" in name.lower(),
+            )
             for event, name in zip(events, names, strict=True)
         ]
         everything = covered([(a, b) for a, b, _ in spans])
@@ -322,6 +326,7 @@ def main() -> None:
     """Read the command line, run every layout, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="mamba2_370m", help="a name in configs/model")
+    parser.add_argument("--change", action="append", default=[], help="of the model: n_layers=6")
     parser.add_argument("--layout", action="append", help="e.g. tensor=2,data_shard=2")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes")
     parser.add_argument("--micro-batch", type=int, default=8)
@@ -338,7 +343,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     accelerator = start_accelerator()
-    config = model_config(arguments.model)
+    config = model_config(arguments.model, arguments.change)
     data = DataConfig(
         tokenizer=TokenizerConfig(kind=TokenizerKind.bytes),
         sequence_length=arguments.length,

@@ -19,7 +19,7 @@ from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
 from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.initialization import sample_dt_bias
-from mamba2lm.layers.mamba2_fused import Sizes, fused_mamba2, unsupported
+from mamba2lm.layers.mamba2_fused import Divided, Sizes, fused_mamba2, unsupported
 from mamba2lm.layers.mixer import (
     Mixer,
     MixerConfig,
@@ -199,9 +199,27 @@ class Mamba2(Mixer):
             return out_bld, None
         return out_bld, state.replace(conv=conv_state.to(state["conv"].dtype), ssm=ssm_state)
 
+    def forward_divided(
+        self,
+        x_bld: Tensor,
+        tensor: TensorGroup,
+        state: State | None = None,
+        *,
+        seq_idx_bl: Tensor | None = None,
+        context: Passage | None = None,
+    ) -> tuple[Tensor, State | None]:
+        given = {} if context is None else {"context": context}
+        if state is None and not given and not tensor.over_sequence and torch.is_grad_enabled():
+            x_bld = x_bld.to(compute_dtype(x_bld.device, x_bld.dtype))
+            # A bias would be added before the sum, which the node makes piece by piece.
+            if self.out_proj.bias is None and self._fuses(x_bld):
+                note_taken("mamba2", "one node of kernels, with its sums over processes")
+                return self._forward_fused(x_bld, seq_idx_bl, tensor), None
+        return super().forward_divided(x_bld, tensor, state, seq_idx_bl=seq_idx_bl, **given)
+
     def _fuses(self, x_bld: Tensor) -> bool:
         """Return whether the whole mixer can run as one autograd node of kernels."""
-        if torch.compiler.is_compiling() or self.norm.shared or not x_bld.is_cuda:
+        if torch.compiler.is_compiling() or not x_bld.is_cuda:
             return False
         return unsupported(x_bld, self.conv1d.weight.squeeze(1), self._sizes()) is None
 
@@ -211,18 +229,21 @@ class Mamba2(Mixer):
             head_dim=self.config.headdim,
             groups=self.n_groups,
             state=self.config.d_state,
-            norm_group=self.norm.group_size,
+            norm_group=self.norm.run,
             eps=self.norm.eps,
             dt_limit=self.dt_limit,
         )
 
-    def _forward_fused(self, x_bld: Tensor, seq_idx_bl: Tensor | None) -> Tensor:
+    def _forward_fused(
+        self, x_bld: Tensor, seq_idx_bl: Tensor | None, tensor: TensorGroup | None = None
+    ) -> Tensor:
+        divided = Divided(self.norm.shared, None if tensor is None else tensor.group)
         return fused_mamba2(
             x_bld, self.in_proj.weight, self.in_proj.bias,
             self.conv1d.weight.squeeze(1), self.conv1d.bias,
             self.A_log, self.D, self.dt_bias, self.norm.weight,
             self.out_proj.weight, self.out_proj.bias,
-            sizes=self._sizes(), seq_idx_bl=seq_idx_bl,
+            sizes=self._sizes(), seq_idx_bl=seq_idx_bl, divided=divided,
         )  # fmt: skip
 
     def _forward_stretch(

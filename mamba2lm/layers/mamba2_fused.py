@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba2lm.ops.causal_conv1d import launch as conv
 from mamba2lm.ops.documents import document_ordinals
+from mamba2lm.ops.gated_rms_norm import divided as divided_norm
 from mamba2lm.ops.gated_rms_norm import launch as norm
 from mamba2lm.ops.products import bias_gradient, matrix_gradient
 from mamba2lm.ops.ssd import launch as ssd
@@ -67,6 +69,24 @@ class Sizes:
         )
 
 
+@dataclass(frozen=True)
+class Divided:
+    """How the node is one part of a mixer whose heads are divided over processes."""
+
+    norm: divided_norm.Runs | None
+    """Where groups of the norm reach over processes."""
+    summed_by: dist.ProcessGroup | None
+    """The processes, where the node itself adds up outputs and gradients of the input over them,
+    beside products that do not need the sums; None leaves both to the caller."""
+
+
+WHOLE = Divided(norm=None, summed_by=None)
+
+OVERLAPPED = 4096
+"""Tokens from which a product whose result is added over processes is made in two parts, the first
+on its way while the second is made."""
+
+
 def unsupported(x_bld: Tensor, conv_weight_cw: Tensor, sizes: Sizes) -> str | None:
     """Say why not all of a mixer's kernels take these inputs, or None when they do.
 
@@ -99,6 +119,7 @@ def fused_mamba2(
     *,
     sizes: Sizes,
     seq_idx_bl: Tensor | None = None,
+    divided: Divided = WHOLE,
 ) -> Tensor:
     """Run a Mamba-2 mixer from its input to its output, without states on either side.
 
@@ -117,6 +138,7 @@ def fused_mamba2(
         out_bias_d: Its bias, or None.
         sizes: The mixer's.
         seq_idx_bl: Document ids, or None.
+        divided: How this is a part of a mixer; ``sizes`` and weights are then those of the part.
 
     Returns:
         (b, l, d) in the dtype of ``x_bld``. Differentiable once in every float tensor.
@@ -127,7 +149,7 @@ def fused_mamba2(
     with torch.autocast(x_bld.device.type, enabled=False):
         return _FusedMamba2.apply(
             x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_log_h, D_h, dt_bias_h,
-            norm_weight_i, out_weight_di, out_bias_d, document_bl, sizes,
+            norm_weight_i, out_weight_di, out_bias_d, document_bl, sizes, divided,
         )  # fmt: skip
 
 
@@ -152,6 +174,7 @@ class _FusedMamba2(torch.autograd.Function):
         out_bias_d: Tensor | None,
         document_bl: Tensor | None,
         sizes: Sizes,
+        divided: Divided,
     ) -> Tensor:
         dtype = x_bld.dtype
         linear = torch.nn.functional.linear
@@ -166,15 +189,28 @@ class _FusedMamba2(torch.autograd.Function):
             x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h, None, document_bl,
             True, *sizes.dt_limit,
         )  # fmt: skip
-        normed_bli, _, scale = norm.forward(
-            y_blhp.flatten(2), z_bli, None, norm_weight_i, sizes.eps, sizes.norm_group, dtype
-        )
+        y_bli = y_blhp.flatten(2)
+        if divided.norm is None:
+            normed_bli, _, scale = norm.forward(
+                y_bli, z_bli, None, norm_weight_i, sizes.eps, sizes.norm_group, dtype
+            )
+        else:
+            normed_bli, scale = divided_norm.forward(
+                y_bli, z_bli, norm_weight_i, divided.norm, sizes.eps
+            )
         ctx.save_for_backward(
             x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
             norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
         )  # fmt: skip
-        ctx.sizes = sizes
-        return linear(normed_bli, out_weight_di.to(dtype), _cast(out_bias_d, dtype))
+        ctx.sizes, ctx.divided = sizes, divided
+        if divided.summed_by is None:
+            return linear(normed_bli, out_weight_di.to(dtype), _cast(out_bias_d, dtype))
+        out_td, sums = _summed_product(
+            normed_bli.flatten(0, 1), out_weight_di.to(dtype).t(), divided.summed_by
+        )
+        for work in sums:
+            work.wait()
+        return out_td.view(x_bld.shape)
 
     @staticmethod
     @once_differentiable
@@ -191,6 +227,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
     ) = ctx.saved_tensors  # fmt: skip
     sizes: Sizes = ctx.sizes
+    divided: Divided = ctx.divided
     wanted = ctx.needs_input_grad
     dtype = x_bld.dtype
     z_bli, xBC_blc, dt_blh = sizes.split_projection(proj_blj)
@@ -202,10 +239,16 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     dout_td = dout_bld.reshape(-1, dout_bld.shape[-1])
     dnormed_ti = dout_td @ out_weight_di.to(dtype)
     normed_bli = torch.empty(z_bli.shape, dtype=dtype, device=z_bli.device)
-    dy_bli, _, _, dnorm_weight_i = norm.backward(
-        dnormed_ti.view(z_bli.shape), None, y_blhp.flatten(2), z_bli, norm_weight_i, scale,
-        sizes.norm_group, dtype, dz_out=dz_bli, y_out=normed_bli,
-    )  # fmt: skip
+    if divided.norm is None:
+        dy_bli, _, _, dnorm_weight_i = norm.backward(
+            dnormed_ti.view(z_bli.shape), None, y_blhp.flatten(2), z_bli, norm_weight_i, scale,
+            sizes.norm_group, dtype, dz_out=dz_bli, y_out=normed_bli,
+        )  # fmt: skip
+    else:
+        dy_bli, _, dnorm_weight_i = divided_norm.backward(
+            dnormed_ti.view(z_bli.shape), y_blhp.flatten(2), z_bli, norm_weight_i, scale,
+            divided.norm, dz_out=dz_bli, y_out=normed_bli,
+        )  # fmt: skip
     dout_weight_di = dout_bias_d = None
     if wanted[9]:
         dout_weight_di = matrix_gradient(dout_td, normed_bli.flatten(0, 1), out_weight_di.dtype)
@@ -233,13 +276,21 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
 
     dproj_tj = dproj_blj.flatten(0, 1)
     dx_bld = din_weight_jd = din_bias_j = None
+    sums: list[dist.Work] = []
     if wanted[0]:
-        dx_bld = (dproj_tj @ in_weight_jd.to(dtype)).view(x_bld.shape)
+        in_weight_jd_cast = in_weight_jd.to(dtype)
+        if divided.summed_by is None:
+            dx_td = dproj_tj @ in_weight_jd_cast
+        else:
+            dx_td, sums = _summed_product(dproj_tj, in_weight_jd_cast, divided.summed_by)
+        dx_bld = dx_td.view(x_bld.shape)
     if wanted[1]:
         x_td = x_bld.reshape(-1, x_bld.shape[-1])
         din_weight_jd = matrix_gradient(dproj_tj, x_td, in_weight_jd.dtype)
     if wanted[2]:
         din_bias_j = bias_gradient(dproj_tj, in_bias_j.dtype)
+    for work in sums:
+        work.wait()
     return (
         dx_bld,
         din_weight_jd,
@@ -254,4 +305,20 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         dout_bias_d,
         None,
         None,
+        None,
     )
+
+
+def _summed_product(
+    a_tk: Tensor, b_km: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, list[dist.Work]]:
+    """Start on a b added over processes; it is done when what is returned beside it is."""
+    out_tm = a_tk.new_empty(a_tk.shape[0], b_km.shape[1])
+    parts = 2 if a_tk.shape[0] >= OVERLAPPED else 1
+    sums: list[dist.Work] = []
+    for a_part, out_part in zip(a_tk.chunk(parts), out_tm.chunk(parts), strict=True):
+        torch.mm(a_part, b_km, out=out_part)
+        work = dist.all_reduce(out_part, group=group, async_op=True)
+        assert work is not None
+        sums.append(work)
+    return out_tm, sums

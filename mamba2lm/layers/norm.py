@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mamba2lm.distributed import TensorGroup
 from mamba2lm.ops import gated_rms_norm, gated_rms_norm_divided, rms_norm, rms_norm_residual
+from mamba2lm.ops.gated_rms_norm.divided import Runs
 
 
 def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
@@ -64,7 +65,8 @@ class GatedRMSNorm(nn.Module):
     def __init__(self, width: int, group_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.group_size, self.eps = group_size, eps
-        self._shared: tuple[TensorGroup, list[int], int] | None = None
+        self.shared: Runs | None = None
+        """Set where groups reach over processes."""
         self.weight = nn.Parameter(torch.empty(width))
         self.init_weights()
 
@@ -74,14 +76,14 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate ``y`` (..., width) by ``z`` (same shape) and normalise; returns y's dtype."""
-        if self._shared is not None:
-            return self._forward_shared(y, z, *self._shared)
+        if self.shared is not None:
+            return gated_rms_norm_divided(y, z, self.weight, self.shared, eps=self.eps)
         return gated_rms_norm(y, z, self.weight, eps=self.eps, group_size=self.group_size)
 
     @property
-    def shared(self) -> bool:
-        """Whether groups reach over several processes."""
-        return self._shared is not None
+    def run(self) -> int:
+        """Channels in a row that this process normalises together."""
+        return self.group_size if self.shared is None else self.shared.width(self.weight)
 
     def share_groups(self, tensor: TensorGroup, mine: list[int], groups: int) -> None:
         """Normalise over groups that reach over several processes.
@@ -91,12 +93,4 @@ class GatedRMSNorm(nn.Module):
             mine: The group of each equal run of this process's channels.
             groups: Number of groups.
         """
-        self._shared = (tensor, mine, groups)
-
-    def _forward_shared(
-        self, y: Tensor, z: Tensor, tensor: TensorGroup, mine: list[int], groups: int
-    ) -> Tensor:
-        return gated_rms_norm_divided(
-            y, z, self.weight, tensor.group,
-            eps=self.eps, group_size=self.group_size, mine=mine, groups=groups,
-        )  # fmt: skip
+        self.shared = Runs(tensor.group, self.group_size, tuple(mine), groups)

@@ -14,6 +14,7 @@ from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUs
 
 from mamba2lm.ops import gated_rms_norm, gated_rms_norm_divided, kernels
 from mamba2lm.ops.gated_rms_norm import divided
+from mamba2lm.ops.gated_rms_norm.divided import Runs
 
 from .kernel_runs import (
     DEVICE,
@@ -64,10 +65,8 @@ def divided_norm(mine: list[int], impl: Any) -> Any:
     def norm(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
         assert dist.group.WORLD is not None
         groups = len(set(mine))
-        return gated_rms_norm_divided(
-            x, z, weight, dist.group.WORLD,
-            eps=1e-3, group_size=CHANNELS // groups, mine=mine, groups=groups, impl=impl,
-        )  # fmt: skip
+        runs = Runs(dist.group.WORLD, CHANNELS // groups, tuple(mine), groups)
+        return gated_rms_norm_divided(x, z, weight, runs, eps=1e-3, impl=impl)
 
     return norm
 
@@ -118,11 +117,11 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
 
     floats = ("weight", "sums", "scale", "slope", "partial")
     for width in (2560, 96):
-        _, sizes = divided._constants(1, torch.empty(1, width))
-        warps = divided._warps(sizes["BLOCK"])
+        _, sizes = divided._sizes(1, width, width)
+        warps = divided._warps(sizes)
         for name in ("sums_kernel", "normalise_kernel", "gradients_kernel"):
             kernel = getattr(divided_kernels, name)
-            constants = {"BACKWARD": True, **sizes}
+            constants = {"BACKWARD": True, "WANT_Y": True, **sizes}
             compile_kernel(
                 kernel, constants, dict.fromkeys(floats, "*fp32"), target, num_warps=warps
             )

@@ -10,7 +10,7 @@ each, g groups.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -28,17 +28,31 @@ PROGRAMS = 528
 """Programs of the kernel that adds the weight's gradient over rows."""
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Which channels are normalised together, and by whom.
+
+    Attributes:
+        group: The processes.
+        group_size: Channels normalised together, counted over all processes.
+        mine: The group of each equal run of this process's channels.
+        groups: How many groups there are.
+    """
+
+    group: ProcessGroup
+    group_size: int
+    mine: tuple[int, ...]
+    groups: int
+
+    def width(self, x: Tensor) -> int:
+        """Return the channels of a run of this process's (…, d)."""
+        width = x.shape[-1] // len(self.mine)
+        assert width * len(self.mine) == x.shape[-1]
+        return width
+
+
 def gated_rms_norm_divided(
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    group: ProcessGroup,
-    *,
-    eps: float,
-    group_size: int,
-    mine: Sequence[int],
-    groups: int,
-    impl: Impl = "auto",
+    x: Tensor, z: Tensor, weight: Tensor, runs: Runs, *, eps: float, impl: Impl = "auto"
 ) -> Tensor:
     """Compute ``gated_rms_norm`` of channels of which each process has some.
 
@@ -46,11 +60,8 @@ def gated_rms_norm_divided(
         x: Inputs, (…, d).
         z: Gate, same shape.
         weight: Scale of this process's channels, (d,).
-        group: The processes.
+        runs: Which channels are normalised together, and by whom.
         eps: Added to the mean square.
-        group_size: Channels normalised together, counted over all processes.
-        mine: The group of each equal run of this process's channels.
-        groups: How many groups there are.
         impl: ``"auto"`` (the kernels on a GPU where they apply), ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -60,13 +71,11 @@ def gated_rms_norm_divided(
     Raises:
         ValueError: An implementation that does not exist.
     """
-    runs = len(mine)
-    width = x.shape[-1] // runs
-    assert width * runs == x.shape[-1]
-    chosen = choose_impl("gated_rms_norm", impl, x, unsupported=unsupported(x, width))
+    reason = unsupported(x, runs.width(x))
+    triton = choose_impl("gated_rms_norm", impl, x, unsupported=reason) == "triton"
     if torch.compiler.is_compiling():
-        chosen = "reference"  # which the compiler fuses, and traces
-    return _Divided.apply(x, z, weight, group, eps, group_size, tuple(mine), groups, chosen)
+        triton = False  # the compiler traces and fuses the other
+    return _Divided.apply(x, z, weight, runs, eps, triton)
 
 
 class _Divided(torch.autograd.Function):
@@ -76,50 +85,42 @@ class _Divided(torch.autograd.Function):
         x: Tensor,
         z: Tensor,
         weight: Tensor,
-        group: ProcessGroup,
+        runs: Runs,
         eps: float,
-        group_size: int,
-        mine: tuple[int, ...],
-        groups: int,
-        chosen: str,
+        triton: bool,
     ) -> Tensor:
-        runs = len(mine)
-        triton = chosen == "triton"
-        x_td, z_td = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, z))
-        sums_tk = (_launch_sums if triton else _sums)(x_td, z_td, None, weight, runs)
-        mean_tk = _over_processes(sums_tk, group, mine, groups) / group_size
-        scale_tk = torch.rsqrt(mean_tk + eps)
+        y, scale_tk = (forward if triton else _forward)(x, z, weight, runs, eps)
         ctx.save_for_backward(x, z, weight, scale_tk)
-        ctx.given = group, group_size, mine, groups, triton
-        y_td = (_launch_normalised if triton else _normalised)(x_td, z_td, weight, scale_tk)
-        return y_td.view(x.shape)
+        ctx.given = runs, triton
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor | None, ...]:
+        runs, triton = ctx.given
         x, z, weight, scale_tk = ctx.saved_tensors
-        group, group_size, mine, groups, triton = ctx.given
-        x_td, z_td, dy_td = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, z, dy))
-        sums_tk = (_launch_sums if triton else _sums)(x_td, z_td, dy_td, weight, len(mine))
-        slope_tk = _over_processes(sums_tk, group, mine, groups) * (scale_tk**3 / group_size)
-        dx_td, dz_td, dweight = (_launch_gradients if triton else _gradients)(
-            x_td, z_td, dy_td, weight, scale_tk, slope_tk
-        )
-        return dx_td.view(x.shape), dz_td.view(z.shape), dweight, *[None] * 6
+        found = (backward if triton else _backward)(dy, x, z, weight, scale_tk, runs)
+        return *found, None, None, None
 
 
-def _over_processes(
-    sums_tk: Tensor, group: ProcessGroup, mine: tuple[int, ...], groups: int
-) -> Tensor:
+def _over_processes(sums_tk: Tensor, runs: Runs) -> Tensor:
     """Add runs of one group over all processes; return each of this process's runs its sum."""
-    index = None if groups == 1 else _index(mine, sums_tk.device)
+    index = None if runs.groups == 1 else _index(runs.mine, sums_tk.device)
     if index is not None:
-        sums_tk = sums_tk.new_zeros(sums_tk.shape[0], groups).index_add(1, index, sums_tk)
+        sums_tk = sums_tk.new_zeros(sums_tk.shape[0], runs.groups).index_add(1, index, sums_tk)
     functional = torch.ops._c10d_functional  # which torch.compile can trace
-    total = functional.wait_tensor(functional.all_reduce(sums_tk, "sum", group.group_name))
+    total = functional.wait_tensor(functional.all_reduce(sums_tk, "sum", runs.group.group_name))
     return total if index is None else total.index_select(1, index)
+
+
+def _scales(sums_tk: Tensor, runs: Runs, eps: float) -> Tensor:
+    return torch.rsqrt(_over_processes(sums_tk, runs) / runs.group_size + eps)
+
+
+def _slopes(sums_tk: Tensor, runs: Runs, scale_tk: Tensor) -> Tensor:
+    return _over_processes(sums_tk, runs) * (scale_tk**3 / runs.group_size)
 
 
 @lru_cache
@@ -128,41 +129,39 @@ def _index(mine: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(mine, device=device)
 
 
-def _gated(x_td: Tensor, z_td: Tensor, runs: int) -> Tensor:
-    wide = state_dtype(x_td)
-    return (x_td.to(wide) * F.silu(z_td.to(wide))).unflatten(1, (runs, -1))
+def _gated(x: Tensor, z: Tensor, runs: int) -> Tensor:
+    wide = state_dtype(x)
+    u = x.to(wide) * F.silu(z.to(wide))
+    return u.reshape(-1, runs, x.shape[-1] // runs)
 
 
-def _sums(x_td: Tensor, z_td: Tensor, dy_td: Tensor | None, weight: Tensor, runs: int) -> Tensor:
-    u_tkc = _gated(x_td, z_td, runs)
-    if dy_td is None:
-        return u_tkc.square().sum(dim=2)
-    scaled_td = dy_td.to(u_tkc.dtype) * weight.to(u_tkc.dtype)
-    return (scaled_td.view(u_tkc.shape) * u_tkc).sum(dim=2)
+def _forward(x: Tensor, z: Tensor, weight: Tensor, runs: Runs, eps: float) -> tuple[Tensor, Tensor]:
+    """Return y and every run's scale r (t, k)."""
+    u_tkc = _gated(x, z, len(runs.mine))
+    scale_tk = _scales(u_tkc.square().sum(dim=2), runs, eps)
+    y = (u_tkc * scale_tk.unsqueeze(2)).view(x.shape) * weight.to(u_tkc.dtype)
+    return y.to(x.dtype), scale_tk
 
 
-def _normalised(x_td: Tensor, z_td: Tensor, weight: Tensor, scale_tk: Tensor) -> Tensor:
-    u_tkc = _gated(x_td, z_td, scale_tk.shape[1])
-    y_td = (u_tkc * scale_tk.unsqueeze(2)).flatten(1) * weight.to(u_tkc.dtype)
-    return y_td.to(x_td.dtype)
-
-
-def _gradients(
-    x_td: Tensor, z_td: Tensor, dy_td: Tensor, weight: Tensor, scale_tk: Tensor, slope_tk: Tensor
+def _backward(
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, scale_tk: Tensor, runs: Runs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, z and the weight: du = r weight dy - slope u."""
-    runs = scale_tk.shape[1]
-    u_tkc = _gated(x_td, z_td, runs)
+    u_tkc = _gated(x, z, len(runs.mine))
     wide = u_tkc.dtype
-    dy_tkc = dy_td.to(wide).unflatten(1, (runs, -1))
-    scaled_tkc = dy_tkc * scale_tk.unsqueeze(2)
-    dweight = (scaled_tkc * u_tkc).sum(dim=0).flatten()
-    du_td = (scaled_tkc * weight.to(wide).view(runs, -1) - slope_tk.unsqueeze(2) * u_tkc).flatten(1)
-    z_td_wide = z_td.to(wide)
-    gate_td = torch.sigmoid(z_td_wide)
-    dx_td = du_td * z_td_wide * gate_td
-    dz_td = du_td * x_td.to(wide) * gate_td * (1 + z_td_wide * (1 - gate_td))
-    return dx_td.to(x_td.dtype), dz_td.to(z_td.dtype), dweight.to(weight.dtype)
+    dy_wide, x_wide, z_wide = dy.to(wide), x.to(wide), z.to(wide)
+    weighted_tkc = (dy_wide * weight.to(wide)).reshape(u_tkc.shape)
+    slope_tk = _slopes((weighted_tkc * u_tkc).sum(dim=2), runs, scale_tk)
+    du = scale_tk.unsqueeze(2) * weighted_tkc - slope_tk.unsqueeze(2) * u_tkc
+    du = du.view(x.shape)
+    dweight = (u_tkc * scale_tk.unsqueeze(2)).view(x.shape) * dy_wide
+    gate = torch.sigmoid(z_wide)
+    dz = du * x_wide * gate * (1 + z_wide * (1 - gate))
+    return (
+        (du * z_wide * gate).to(x.dtype),
+        dz.to(z.dtype),
+        dweight.flatten(0, -2).sum(dim=0).to(weight.dtype),
+    )
 
 
 @lru_cache
@@ -170,76 +169,107 @@ def _kernels() -> Any:
     return importlib.import_module("mamba2lm.ops.gated_rms_norm.divided_kernels")
 
 
-def _constants(runs: int, *tensors: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _sizes(runs: int, width: int, *strides: int) -> tuple[tuple[int, ...], dict[str, Any]]:
     """Return the strides of rows and the compile-time sizes of a launch."""
-    strides = tuple(tensor.stride(0) for tensor in tensors)
     unit = ALIGNED if all(stride % ALIGNED == 0 for stride in strides) else 1
-    width = tensors[0].shape[1] // runs
     block = 1 << (width - 1).bit_length()
     sizes: dict[str, Any] = {"RUNS": runs, "WIDTH": width, "BLOCK": block, "UNIT": unit}
     return tuple(stride // unit for stride in strides), sizes
 
 
-def _warps(block: int) -> int:
-    return max(1, min(8, block // 256))
+def _warps(sizes: dict[str, Any]) -> int:
+    return max(1, min(8, sizes["BLOCK"] // 256))
 
 
-def _rows(*tensors: Tensor) -> list[Tensor]:
-    return [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in tensors]
+def _rows(tensor: Tensor) -> Tensor:
+    """Return the tensor as rows with unit stride along them, copying only if it must."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def _launch_sums(
-    x_td: Tensor, z_td: Tensor, dy_td: Tensor | None, weight: Tensor, runs: int
-) -> Tensor:
-    x_td, z_td, dy_rows = _rows(x_td, z_td, x_td if dy_td is None else dy_td)
-    strides, sizes = _constants(runs, x_td, z_td, dy_rows)
-    sums_tk = torch.empty(x_td.shape[0], runs, dtype=torch.float32, device=x_td.device)
-    key = (signature(t) for t in (x_td, z_td, dy_td, weight))
-    launch = Launches(x_td.device, "divided norm sums", runs, *key)
-    with on_device(x_td.device):
-        launch(
-            _kernels().sums_kernel, (x_td.shape[0], runs, 1),
-            x_td, z_td, dy_rows, weight.contiguous(), sums_tk, *strides,
-            warps=_warps(sizes["BLOCK"]), BACKWARD=dy_td is not None, **sizes,
-        )  # fmt: skip
-    return sums_tk
+def forward(x: Tensor, z: Tensor, weight: Tensor, runs: Runs, eps: float) -> tuple[Tensor, Tensor]:
+    """Run the forward kernels.
 
+    Args:
+        x: Inputs, (…, d).
+        z: Gate, same shape.
+        weight: Scale, (d,).
+        runs: Which channels are normalised together.
+        eps: Added to the mean square.
 
-def _launch_normalised(x_td: Tensor, z_td: Tensor, weight: Tensor, scale_tk: Tensor) -> Tensor:
-    x_td, z_td = _rows(x_td, z_td)
-    runs = scale_tk.shape[1]
-    strides, sizes = _constants(runs, x_td, z_td)
-    y_td = torch.empty(x_td.shape, dtype=x_td.dtype, device=x_td.device)
+    Returns:
+        y (…, d) in the dtype of x, and for the backward pass the scale of every run (t, k).
+    """
+    k, width = len(runs.mine), runs.width(x)
+    x_td, z_td, weight = _rows(x), _rows(z), weight.contiguous()
+    strides, sizes = _sizes(k, width, x_td.stride(0), z_td.stride(0))
+    rows, device = x_td.shape[0], x.device
+    y = torch.empty(x.shape, dtype=x.dtype, device=device)
+    sums_tk = torch.empty(rows, k, dtype=torch.float32, device=device)
     key = (signature(t) for t in (x_td, z_td, weight))
-    launch = Launches(x_td.device, "divided norm", runs, *key)
-    with on_device(x_td.device):
-        launch(
-            _kernels().normalise_kernel, (x_td.shape[0], runs, 1),
-            x_td, z_td, weight.contiguous(), scale_tk.contiguous(), y_td, *strides,
-            warps=_warps(sizes["BLOCK"]), **sizes,
-        )  # fmt: skip
-    return y_td
-
-
-def _launch_gradients(
-    x_td: Tensor, z_td: Tensor, dy_td: Tensor, weight: Tensor, scale_tk: Tensor, slope_tk: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    x_td, z_td, dy_td = _rows(x_td, z_td, dy_td)
-    rows, runs = scale_tk.shape
-    strides, sizes = _constants(runs, x_td, z_td, dy_td)
-    steps = -(-rows // max(1, PROGRAMS // runs))
-    programs = -(-rows // steps)
-    device = x_td.device
-    dx_td = torch.empty(x_td.shape, dtype=x_td.dtype, device=device)
-    dz_td = torch.empty(z_td.shape, dtype=z_td.dtype, device=device)
-    partial = torch.empty(programs, x_td.shape[1], dtype=torch.float32, device=device)
-    key = (signature(t) for t in (x_td, z_td, dy_td, weight))
-    launch = Launches(device, "divided norm gradients", runs, *key)
+    launch = Launches(device, "divided norm", k, *key)
     with on_device(device):
         launch(
-            _kernels().gradients_kernel, (programs, runs, 1),
-            x_td, z_td, dy_td, weight.contiguous(), scale_tk.contiguous(), slope_tk.contiguous(),
-            dx_td, dz_td, partial, *strides, rows, steps,
-            warps=_warps(sizes["BLOCK"]), **sizes,
+            _kernels().sums_kernel, (rows, k, 1),
+            x_td, z_td, x_td, weight, sums_tk, *strides, strides[0],
+            warps=_warps(sizes), BACKWARD=False, **sizes,
         )  # fmt: skip
-    return dx_td, dz_td, partial.sum(dim=0).to(weight.dtype)
+        scale_tk = _scales(sums_tk, runs, eps)
+        launch(
+            _kernels().normalise_kernel, (rows, k, 1),
+            x_td, z_td, weight, scale_tk, y, *strides,
+            warps=_warps(sizes), **sizes,
+        )  # fmt: skip
+    return y, scale_tk
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    scale_tk: Tensor,
+    runs: Runs,
+    dz_out: Tensor | None = None,
+    y_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernels.
+
+    Args:
+        dy: Gradient of y, (…, d).
+        x, z, weight, runs: As ``forward``.
+        scale_tk: As ``forward`` returned it.
+        dz_out: Where to write the gradient of z, of one stride for rows and 1 for channels.
+        y_out: Where to write y once more, contiguous; None does not compute it.
+
+    Returns:
+        The gradients of x, z and the weight.
+    """
+    k, width = len(runs.mine), runs.width(x)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device) if dz_out is None else dz_out
+    x_td, z_td, dy_td, weight = _rows(x), _rows(z), _rows(dy), weight.contiguous()
+    dz_td = dz.view(-1, dz.shape[-1])
+    tensors = (x_td, z_td, dy_td, dz_td)
+    strides, sizes = _sizes(k, width, *(tensor.stride(0) for tensor in tensors))
+    rows, device = x_td.shape[0], x.device
+    steps = -(-rows // max(1, PROGRAMS // k))
+    programs = -(-rows // steps)
+    sums_tk = torch.empty(rows, k, dtype=torch.float32, device=device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=device)
+    partial = torch.empty(programs, x_td.shape[1], dtype=torch.float32, device=device)
+    key = (signature(t) for t in (*tensors, weight, y_out))
+    launch = Launches(device, "divided norm backward", k, *key)
+    with on_device(device):
+        launch(
+            _kernels().sums_kernel, (rows, k, 1),
+            x_td, z_td, dy_td, weight, sums_tk, *strides[:3],
+            warps=_warps(sizes), BACKWARD=True, **sizes,
+        )  # fmt: skip
+        slope_tk = _slopes(sums_tk, runs, scale_tk)
+        launch(
+            _kernels().gradients_kernel, (programs, k, 1),
+            x_td, z_td, dy_td, weight, scale_tk, slope_tk, dx, dz_td,
+            dx if y_out is None else y_out, partial, *strides, rows, steps,
+            warps=_warps(sizes), WANT_Y=y_out is not None, **sizes,
+        )  # fmt: skip
+    return dx, dz, partial.sum(dim=0).to(weight.dtype)

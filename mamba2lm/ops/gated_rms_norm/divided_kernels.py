@@ -71,13 +71,15 @@ def normalise_kernel(
 
 @triton.jit(do_not_specialize=["t_size", "steps"])
 def gradients_kernel(
-    x_ptr, z_ptr, dy_ptr, weight_ptr, scale_ptr, slope_ptr, dx_ptr, dz_ptr, partial_ptr,
-    x_t, z_t, dy_t, t_size, steps,
-    RUNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    x_ptr, z_ptr, dy_ptr, weight_ptr, scale_ptr, slope_ptr, dx_ptr, dz_ptr, y_ptr, partial_ptr,
+    x_t, z_t, dy_t, dz_t, t_size, steps,
+    WANT_Y: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one run of ``steps`` rows, and their part of the weight's.
 
     With s = Σ dy weight u over the whole group, du = r weight dy - slope u, slope = r³ s / width.
+    y may be stored once more, for a layer that did not keep it.
     """
     k = tl.program_id(1)
     first = tl.cast(tl.program_id(0), tl.int64) * steps
@@ -91,9 +93,13 @@ def gradients_kernel(
         slope = tl.load(slope_ptr + t * RUNS + k)
         gate = tl.sigmoid(z)
         u = x * z * gate
-        dweight += dy * (u * scale)
+        scaled = u * scale
+        dweight += dy * scaled
         du = dy * weight * scale - slope * u
         out = (t * RUNS + k) * WIDTH
         store_run(dx_ptr + out, du * z * gate, WIDTH, BLOCK)
-        store_run(dz_ptr + out, du * x * gate * (1.0 + z * (1.0 - gate)), WIDTH, BLOCK)
+        if WANT_Y:
+            store_run(y_ptr + out, scaled * weight, WIDTH, BLOCK)
+        dz_base = dz_ptr + t * (dz_t * UNIT) + k * WIDTH
+        store_run(dz_base, du * x * gate * (1.0 + z * (1.0 - gate)), WIDTH, BLOCK)
     store_run(partial_ptr + (tl.program_id(0) * RUNS + k) * WIDTH, dweight, WIDTH, BLOCK)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from mamba2lm.ops.dispatch import Impl, choose_impl
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.kernels import Launches, on_device, signature, unit_stride
-from mamba2lm.ops.ssd.launch import unchecked, unsupported
+from mamba2lm.ops.ssd.launch import unsupported
 
 CHUNK = 64
 """Positions that a program of the kernels treats at once."""
@@ -54,7 +54,7 @@ def add_carried_outputs(
 
     Source: Dao & Gu 2024 (arXiv:2405.21060), listing 1, step 4.
     """
-    reason = unsupported(y, C) or (unchecked(y, C) if impl == "auto" else None)
+    reason = unsupported(y, C)
     if torch.compiler.is_compiling():
         reason = "torch.compile does not see into the kernels"
     document = None if seq_idx is None else document_ordinals(seq_idx)
