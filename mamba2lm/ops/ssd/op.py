@@ -98,8 +98,7 @@ def ssd(
         return_final_states: Whether to return the state after the last position too.
         chunk_size: Positions per chunk of the chunked algorithm; changes speed, not the result.
             The Triton kernels choose their own.
-        impl: ``"auto"`` (on a GPU the kernels for half precision with p = 64 and n = 128 or 256,
-            the shapes checked so far), ``"triton"`` or ``"reference"``.
+        impl: ``"auto"`` (the kernels on a GPU where they apply), ``"triton"`` or ``"reference"``.
 
     Returns:
         y (b, l, h, p) in the dtype of x; with ``return_final_states`` also the final states
