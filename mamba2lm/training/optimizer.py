@@ -15,6 +15,7 @@ from mamba2lm.models import LanguageModel
 from mamba2lm.models.checkpoint import StoredTensors
 from mamba2lm.models.sharding import ModelLayout
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.muon import Muon
 
 
 class OptimizerKind(Enum):
@@ -153,21 +154,13 @@ def build_optimizers(config: OptimizerConfig, model: LanguageModel) -> list[torc
             fused=True,
         )
     ]
-    if any(isinstance(matrix, DTensor) for matrix in matrices):
-        raise ConfigError(
-            "optimizer.kind",
-            "muon",
-            "updates whole matrices, which parallel.tensor, data_shard and context divide; use "
-            "adamw, or parallel.data_replicate alone.",
-        )
     if matrices:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 [{"params": matrices, "lr_scale": 1.0}],
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
-                adjust_lr_fn="match_rms_adamw",
             )
         )
     return optimizers
