@@ -58,7 +58,11 @@ def test_a_server_is_one_process(run: Path) -> None:
     pytest.importorskip("fastapi")
     done = subprocess.run(
         [sys.executable, "-m", "mamba2lm.inference.server", f"checkpoint={run}"],
-        cwd=ROOT, env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert "error: WORLD_SIZE=2: a server is one process" in done.stderr
