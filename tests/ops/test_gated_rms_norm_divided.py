@@ -121,7 +121,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
         warps = divided._warps(sizes)
         for name in ("sums_kernel", "normalise_kernel", "gradients_kernel"):
             kernel = getattr(divided_kernels, name)
-            constants = {"BACKWARD": True, "WANT_Y": True, **sizes}
+            constants = {"BACKWARD": True, "WANT_Y": True, "STAGES": divided.STAGES, **sizes}
             compile_kernel(
                 kernel, constants, dict.fromkeys(floats, "*fp32"), target, num_warps=warps
             )

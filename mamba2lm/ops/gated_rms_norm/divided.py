@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -24,8 +25,10 @@ from mamba2lm.ops.dispatch import Impl, choose_impl, state_dtype
 from mamba2lm.ops.gated_rms_norm.launch import ALIGNED, unsupported
 from mamba2lm.ops.kernels import Launches, on_device, signature
 
-PROGRAMS = 528
+PROGRAMS = 264
 """Programs of the kernel that adds the weight's gradient over rows."""
+STAGES = 3
+"""Rows that such a program has on their way."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,12 @@ def _over_processes(sums_tk: Tensor, runs: Runs) -> Tensor:
     index = None if runs.groups == 1 else _index(runs.mine, sums_tk.device)
     if index is not None:
         sums_tk = sums_tk.new_zeros(sums_tk.shape[0], runs.groups).index_add(1, index, sums_tk)
-    functional = torch.ops._c10d_functional  # which torch.compile can trace
-    total = functional.wait_tensor(functional.all_reduce(sums_tk, "sum", runs.group.group_name))
+    if torch.compiler.is_compiling():
+        functional = torch.ops._c10d_functional
+        total = functional.wait_tensor(functional.all_reduce(sums_tk, "sum", runs.group.group_name))
+    else:
+        total = sums_tk.contiguous()
+        dist.all_reduce(total, group=runs.group)
     return total if index is None else total.index_select(1, index)
 
 
@@ -270,6 +277,6 @@ def backward(
             _kernels().gradients_kernel, (programs, k, 1),
             x_td, z_td, dy_td, weight, scale_tk, slope_tk, dx, dz_td,
             dx if y_out is None else y_out, partial, *strides, rows, steps,
-            warps=_warps(sizes), WANT_Y=y_out is not None, **sizes,
+            warps=_warps(sizes), WANT_Y=y_out is not None, **sizes, STAGES=STAGES,
         )  # fmt: skip
     return dx, dz, partial.sum(dim=0).to(weight.dtype)

@@ -74,7 +74,7 @@ def gradients_kernel(
     x_ptr, z_ptr, dy_ptr, weight_ptr, scale_ptr, slope_ptr, dx_ptr, dz_ptr, y_ptr, partial_ptr,
     x_t, z_t, dy_t, dz_t, t_size, steps,
     WANT_Y: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one run of ``steps`` rows, and their part of the weight's.
 
@@ -85,7 +85,7 @@ def gradients_kernel(
     first = tl.cast(tl.program_id(0), tl.int64) * steps
     weight = load_run(weight_ptr + k * WIDTH, WIDTH, BLOCK)
     dweight = tl.zeros((BLOCK,), tl.float32)
-    for t in range(first, tl.minimum(first + steps, t_size)):
+    for t in tl.range(first, tl.minimum(first + steps, t_size), num_stages=STAGES):
         x = load_run(x_ptr + t * (x_t * UNIT) + k * WIDTH, WIDTH, BLOCK)
         z = load_run(z_ptr + t * (z_t * UNIT) + k * WIDTH, WIDTH, BLOCK)
         dy = load_run(dy_ptr + t * (dy_t * UNIT) + k * WIDTH, WIDTH, BLOCK)
