@@ -33,6 +33,7 @@ from mamba2lm.layers.state import State
 from mamba2lm.ops.discretisation import step_sizes
 from mamba2lm.ops.dispatch import note_taken
 from mamba2lm.ops.flops import ssd_flops
+from mamba2lm.ops.ssd.carry import running_sum
 
 
 @dataclass
@@ -156,13 +157,13 @@ class Mamba2(Mixer):
         seq_idx_bl: Tensor | None = None,
         context: Passage | None = None,
     ) -> tuple[Tensor, State | None]:
-        if context is not None:
-            return self._forward_stretch(x_bld, seq_idx_bl, context), None
         if state is None and torch.is_grad_enabled():
             x_bld = x_bld.to(compute_dtype(x_bld.device, x_bld.dtype))
             if self._fuses(x_bld):
                 note_taken("mamba2", "one node of kernels")
-                return self._forward_fused(x_bld, seq_idx_bl), None
+                return self._forward_fused(x_bld, seq_idx_bl, context), None
+        if context is not None:
+            return self._forward_stretch(x_bld, seq_idx_bl, context), None
         batch, length, _ = x_bld.shape
         z_bli, xBC_blc, dt_blh = self._project(x_bld)
         conv = ops.causal_conv1d(
@@ -208,14 +209,13 @@ class Mamba2(Mixer):
         seq_idx_bl: Tensor | None = None,
         context: Passage | None = None,
     ) -> tuple[Tensor, State | None]:
-        given = {} if context is None else {"context": context}
-        if state is None and not given and not tensor.over_sequence and torch.is_grad_enabled():
+        if state is None and not tensor.over_sequence and torch.is_grad_enabled():
             x_bld = x_bld.to(compute_dtype(x_bld.device, x_bld.dtype))
             # A bias would be added before the sum, which the node makes piece by piece.
             if self.out_proj.bias is None and self._fuses(x_bld):
                 note_taken("mamba2", "one node of kernels, with its sums over processes")
-                return self._forward_fused(x_bld, seq_idx_bl, tensor), None
-        return super().forward_divided(x_bld, tensor, state, seq_idx_bl=seq_idx_bl, **given)
+                return self._forward_fused(x_bld, seq_idx_bl, context, tensor), None
+        return super().forward_divided(x_bld, tensor, state, seq_idx_bl=seq_idx_bl, context=context)
 
     def _fuses(self, x_bld: Tensor) -> bool:
         """Return whether the whole mixer can run as one autograd node of kernels."""
@@ -235,9 +235,14 @@ class Mamba2(Mixer):
         )
 
     def _forward_fused(
-        self, x_bld: Tensor, seq_idx_bl: Tensor | None, tensor: TensorGroup | None = None
+        self,
+        x_bld: Tensor,
+        seq_idx_bl: Tensor | None,
+        context: Passage | None = None,
+        tensor: TensorGroup | None = None,
     ) -> Tensor:
-        divided = Divided(self.norm.shared, None if tensor is None else tensor.group)
+        summed_by = None if tensor is None else tensor.group
+        divided = Divided(self.norm.shared, summed_by, context)
         return fused_mamba2(
             x_bld, self.in_proj.weight, self.in_proj.bias,
             self.conv1d.weight.squeeze(1), self.conv1d.bias,
@@ -282,9 +287,8 @@ class Mamba2(Mixer):
         delta_blh = step_sizes(
             dt_blh, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit
         )
-        # Summed along the last axis: along another a GPU adds up one position after the other.
-        log_a_bhl = (delta_blh.to(left_bhpn.dtype) * A_h).transpose(1, 2).contiguous()
-        log_decay_bhl = log_a_bhl.cumsum(dim=2)
+        log_a_bhl = (delta_blh.to(left_bhpn.dtype) * A_h).transpose(1, 2)
+        log_decay_bhl = running_sum(log_a_bhl)
         entering_bhpn = context.entering_state(left_bhpn, log_decay_bhl[..., -1])
         y_blhp = ops.add_carried_outputs(
             y_blhp, log_decay_bhl, C_blgn, entering_bhpn, seq_idx=seq_idx_bl

@@ -21,12 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mamba2lm.distributed.context import Passage
 from mamba2lm.ops.causal_conv1d import launch as conv
+from mamba2lm.ops.discretisation import step_sizes
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.gated_rms_norm import divided as divided_norm
 from mamba2lm.ops.gated_rms_norm import launch as norm
 from mamba2lm.ops.products import bias_gradient, matrix_gradient
+from mamba2lm.ops.ssd import carry
 from mamba2lm.ops.ssd import launch as ssd
+from mamba2lm.ops.ssd.carry import running_sum
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Divided:
-    """How the node is one part of a mixer whose heads are divided over processes."""
+    """How the node is one part of a mixer that several processes share."""
 
     norm: divided_norm.Runs | None
     """Where groups of the norm reach over processes."""
     summed_by: dist.ProcessGroup | None
     """The processes, where the node itself adds up outputs and gradients of the input over them,
     beside products that do not need the sums; None leaves both to the caller."""
+    context: Passage | None = None
+    """Where other processes have the rest of each sequence."""
 
 
 WHOLE = Divided(norm=None, summed_by=None)
@@ -180,15 +186,27 @@ class _FusedMamba2(torch.autograd.Function):
         linear = torch.nn.functional.linear
         proj_blj = linear(x_bld, in_weight_jd.to(dtype), _cast(in_bias_j, dtype))
         z_bli, xBC_blc, dt_blh = sizes.split_projection(proj_blj)
+        context = divided.context
+        before_bwc = None
+        if context is not None and conv_weight_cw.shape[1] > 1:
+            before_bwc = context.fetch_inputs_before(xBC_blc, conv_weight_cw.shape[1] - 1)
         convolved_blc, _ = conv.forward(
-            xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True, False
+            xBC_blc, conv_weight_cw, conv_bias_c, before_bwc, document_bl, True, False
         )
         x_blhp, B_blgn, C_blgn = sizes.split_convolved(convolved_blc)
         A_h = -torch.exp(A_log_h)
-        y_blhp, _, pre = ssd.forward(
+        y_blhp, left_bhpn, pre = ssd.forward(
             x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h, None, document_bl,
             True, *sizes.dt_limit,
         )  # fmt: skip
+        carried: tuple[Tensor | None, ...] = ()
+        if context is not None:
+            log_decay_bhl = _log_decay(dt_blh, dt_bias_h, A_h, sizes)
+            entering_bhpn, gathered = context.fetch_entering_state(
+                left_bhpn, log_decay_bhl[..., -1]
+            )
+            carry.forward(y_blhp, log_decay_bhl, C_blgn, entering_bhpn, document_bl)
+            carried = before_bwc, log_decay_bhl, entering_bhpn, gathered
         y_bli = y_blhp.flatten(2)
         if divided.norm is None:
             normed_bli, _, scale = norm.forward(
@@ -201,6 +219,7 @@ class _FusedMamba2(torch.autograd.Function):
         ctx.save_for_backward(
             x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
             norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
+            *carried,
         )  # fmt: skip
         ctx.sizes, ctx.divided = sizes, divided
         if divided.summed_by is None:
@@ -225,7 +244,9 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     (
         x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
         norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
+        *carried,
     ) = ctx.saved_tensors  # fmt: skip
+    before_bwc, log_decay_bhl, entering_bhpn, gathered = carried or [None] * 4
     sizes: Sizes = ctx.sizes
     divided: Divided = ctx.divided
     wanted = ctx.needs_input_grad
@@ -258,20 +279,41 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
 
     # Through the SSD, over the convolution's output made again.
     convolved_blc, _ = conv.forward(
-        xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True, False
+        xBC_blc, conv_weight_cw, conv_bias_c, before_bwc, document_bl, True, False
     )
     x_blhp, B_blgn, C_blgn = sizes.split_convolved(convolved_blc)
+    dy_blhp = dy_bli.view(y_blhp.shape)
+    context = divided.context
+    dleft_bhpn = dlog_decay_bhl = dC_carried_blgn = None
+    if context is not None:
+        dlog_decay_bhl, dC_carried_blgn, dentering_bhpn = carry.backward(
+            dy_blhp, log_decay_bhl, C_blgn, entering_bhpn, document_bl
+        )
+        dleft_bhpn, dtotal_bh = context.return_entering_state(
+            dentering_bhpn, gathered, log_decay_bhl[..., -1].shape
+        )
+        dlog_decay_bhl[..., -1] += dtotal_bh
     dx_blhp, ddt, dA_h, dB_blgn, dC_blgn, dD_h, _, ddt_bias_h, _ = ssd.backward(
-        dy_bli.view(y_blhp.shape), None, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h,
+        dy_blhp, dleft_bhpn, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h,
         None, document_bl, pre, True, *sizes.dt_limit,
     )  # fmt: skip
+    if dlog_decay_bhl is not None and dC_carried_blgn is not None:
+        dC_blgn += dC_carried_blgn
+        for total, more in zip(
+            (ddt, ddt_bias_h, dA_h),
+            _log_decay_gradients(dlog_decay_bhl, dt_blh, dt_bias_h, A_h, sizes),
+            strict=True,
+        ):
+            total += more
     ddt_blh.copy_(ddt)
     dconvolved_blc = torch.cat([dx_blhp.flatten(2), dB_blgn.flatten(2), dC_blgn.flatten(2)], dim=2)
-    del convolved_blc, dx_blhp, dB_blgn, dC_blgn, dy_bli
-    _, dconv_weight_cw, dconv_bias_c, _ = conv.backward(
-        dconvolved_blc, None, xBC_blc, conv_weight_cw, conv_bias_c, None, document_bl, True,
+    del convolved_blc, dx_blhp, dB_blgn, dC_blgn, dy_bli, dy_blhp
+    _, dconv_weight_cw, dconv_bias_c, dbefore_bwc = conv.backward(
+        dconvolved_blc, None, xBC_blc, conv_weight_cw, conv_bias_c, before_bwc, document_bl, True,
         dx_out=dxBC_blc,
     )  # fmt: skip
+    if context is not None and before_bwc is not None:
+        dxBC_blc[:, -dbefore_bwc.shape[1] :] += context.return_inputs_before(dbefore_bwc)
     del dconvolved_blc
 
     dproj_tj = dproj_blj.flatten(0, 1)
@@ -307,6 +349,22 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
     )
+
+
+def _log_decay(dt_blh: Tensor, dt_bias_h: Tensor, A_h: Tensor, sizes: Sizes) -> Tensor:
+    """Return the log of the decay from the start to each position, (b, h, l), float32."""
+    delta_blh = step_sizes(dt_blh, dt_bias=dt_bias_h, dt_softplus=True, dt_limit=sizes.dt_limit)
+    return running_sum((delta_blh.to(A_h.dtype) * A_h).transpose(1, 2).contiguous())
+
+
+def _log_decay_gradients(
+    dlog_decay_bhl: Tensor, dt_blh: Tensor, dt_bias_h: Tensor, A_h: Tensor, sizes: Sizes
+) -> tuple[Tensor, ...]:
+    """Return the gradients of Δ before bias and softplus, of its bias and of A."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (dt_blh, dt_bias_h, A_h)]
+        log_decay_bhl = _log_decay(leaves[0], leaves[1], leaves[2], sizes)
+    return torch.autograd.grad(log_decay_bhl, leaves, dlog_decay_bhl)
 
 
 def _summed_product(

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +27,8 @@ CHUNK = 64
 """Positions that a program of the kernels treats at once."""
 SPLITS = 16
 """Programs among which the chunks of one head are dealt out for the state's gradient."""
+BLOCK = 1024
+"""Positions that ``running_sum`` adds up in one row."""
 
 
 def add_carried_outputs(
@@ -79,6 +82,16 @@ def _carried_outputs(
     return (y_blhp * factor_bhl.transpose(1, 2).unsqueeze(-1)).to(C.dtype)
 
 
+def running_sum(x: Tensor) -> Tensor:
+    """Add up along the last axis, in blocks: few long rows would leave a GPU idle."""
+    length = x.shape[-1]
+    if length <= BLOCK:
+        return x.cumsum(dim=-1)
+    blocks = F.pad(x, (0, -length % BLOCK)).unflatten(-1, (-1, BLOCK)).cumsum(dim=-1)
+    before = F.pad(blocks[..., :-1, -1].cumsum(dim=-1), (1, 0))
+    return (blocks + before.unsqueeze(-1)).flatten(-2)[..., :length]
+
+
 class _Added(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -89,20 +102,9 @@ class _Added(torch.autograd.Function):
         entering_states: Tensor,
         document: Tensor | None,
     ) -> Tensor:
-        cum = (log_decay / math.log(2)).contiguous()
-        C, states = unit_stride(C), entering_states.contiguous()
-        document = None if document is None else document.to(torch.int32).contiguous()
-        ctx.save_for_backward(cum, C, states, document)
+        forward(y, log_decay, C, entering_states, document)
+        ctx.save_for_backward(log_decay, C, entering_states, document)
         ctx.mark_dirty(y)
-        launch, sizes = _launches("add", y, cum, C, states, document)
-        b, length, h, _ = y.shape
-        with on_device(y.device):
-            launch(
-                _kernels().add_kernel, (-(-length // CHUNK), b * h, 1),
-                y, cum, cum if document is None else document, C, states,
-                *y.stride()[:3], *C.stride()[:3], length, h, h // C.shape[2],
-                warps=4, HAS_DOCUMENTS=document is not None, **sizes,
-            )  # fmt: skip
         return y
 
     @staticmethod
@@ -110,30 +112,57 @@ class _Added(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor | None, ...]:
-        cum, C, states, document = ctx.saved_tensors
-        rows = unit_stride(dy)
-        launch, sizes = _launches("add backward", rows, cum, C, states, document)
-        b, length, h, _ = dy.shape
-        g = C.shape[2]
-        chunks = -(-length // CHUNK)
-        splits = min(SPLITS, chunks)
-        dcum = torch.zeros_like(cum)
-        dC = torch.empty(C.shape, dtype=C.dtype, device=C.device)
-        partial = torch.empty(splits, *states.shape, dtype=torch.float32, device=C.device)
-        documents = cum if document is None else document
-        strides = (*rows.stride()[:3], *C.stride()[:3], length, h)
-        with on_device(dy.device):
-            launch(
-                _kernels().state_gradient_kernel, (splits, b * h, 1),
-                rows, cum, documents, C, partial, *strides, h // g, b * h,
-                warps=4, HAS_DOCUMENTS=document is not None, **sizes,
-            )  # fmt: skip
-            launch(
-                _kernels().inputs_gradient_kernel, (chunks, b * g, 1),
-                rows, cum, documents, C, states, dcum, dC, *strides, g, h // g,
-                warps=4, HAS_DOCUMENTS=document is not None, **sizes,
-            )  # fmt: skip
-        return dy, dcum, dC, partial.sum(dim=0).to(states.dtype), None
+        return dy, *backward(dy, *ctx.saved_tensors), None
+
+
+def forward(
+    y: Tensor, log_decay: Tensor, C: Tensor, entering_states: Tensor, document: Tensor | None
+) -> None:
+    """Run the forward kernel, which adds to ``y`` in place.
+
+    Args: as ``add_carried_outputs``, ``document`` being ordinals (b, l).
+    """
+    launch, sizes, (cum, C, states, documents) = _prepared(
+        "add", y, log_decay, C, entering_states, document
+    )
+    b, length, h, _ = y.shape
+    with on_device(y.device):
+        launch(
+            _kernels().add_kernel, (-(-length // CHUNK), b * h, 1),
+            y, cum, documents, C, states,
+            *y.stride()[:3], *C.stride()[:3], length, h, h // C.shape[2],
+            warps=4, HAS_DOCUMENTS=document is not None, **sizes,
+        )  # fmt: skip
+
+
+def backward(
+    dy: Tensor, log_decay: Tensor, C: Tensor, entering_states: Tensor, document: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward kernels; return the gradients of the log decay, C and the state."""
+    dy = unit_stride(dy)
+    launch, sizes, (cum, C, states, documents) = _prepared(
+        "add backward", dy, log_decay, C, entering_states, document
+    )
+    b, length, h, _ = dy.shape
+    g = C.shape[2]
+    chunks = -(-length // CHUNK)
+    splits = min(SPLITS, chunks)
+    dcum = torch.zeros_like(cum)
+    dC = torch.empty(C.shape, dtype=C.dtype, device=C.device)
+    partial = torch.empty(splits, *states.shape, dtype=torch.float32, device=C.device)
+    strides = (*dy.stride()[:3], *C.stride()[:3], length, h)
+    with on_device(dy.device):
+        launch(
+            _kernels().state_gradient_kernel, (splits, b * h, 1),
+            dy, cum, documents, C, partial, *strides, h // g, b * h,
+            warps=4, HAS_DOCUMENTS=document is not None, **sizes,
+        )  # fmt: skip
+        launch(
+            _kernels().inputs_gradient_kernel, (chunks, b * g, 1),
+            dy, cum, documents, C, states, dcum, dC, *strides, g, h // g,
+            warps=4, HAS_DOCUMENTS=document is not None, **sizes,
+        )  # fmt: skip
+    return dcum, dC, partial.sum(dim=0).to(states.dtype)
 
 
 @lru_cache
@@ -141,9 +170,18 @@ def _kernels() -> Any:
     return importlib.import_module("mamba2lm.ops.ssd.carry_kernels")
 
 
-def _launches(
-    name: str, y: Tensor, cum: Tensor, C: Tensor, states: Tensor, document: Tensor | None
-) -> tuple[Launches, dict[str, Any]]:
+def _prepared(
+    name: str,
+    y: Tensor,
+    log_decay: Tensor,
+    C: Tensor,
+    states: Tensor,
+    document: Tensor | None,
+) -> tuple[Launches, dict[str, Any], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Return how to launch, and inputs as the kernels take them: decays are powers of two there."""
+    cum = (log_decay / math.log(2)).contiguous()
+    C, states = unit_stride(C), states.contiguous()
+    documents = cum if document is None else document.to(torch.int32).contiguous()
     key = (signature(tensor) for tensor in (y, cum, C, states, document))
     sizes = {"Q": CHUNK, "P": states.shape[2], "N": states.shape[3], "PRECISION": "ieee"}
-    return Launches(y.device, "ssd carry", name, *key), sizes
+    return Launches(y.device, "ssd carry", name, *key), sizes, (cum, C, states, documents)
