@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 1 -m benchmarks.parallel …      one process: what the rest compare to
     … --losses 200           the loss of every step besides, to lay layouts over each other
     … --checkpoint FOLDER    saves beside training, and reads back in every layout asked for
+    … --read FOLDER          loss of the next step after reading what such a run has saved
 
 A layout is written as the keys of ``parallel``, joined by commas; what is left over replicates. The
 text is the package's own, read as bytes. Nothing is timed whose loss differs from the first
@@ -291,17 +292,22 @@ def save_and_read_back(run: Run, folder: Path, others: list[Run], usual: float) 
             slowest = max(slowest, time.perf_counter() - begin)
         figures[f"save_{number}"] = {"call_seconds": called, "slowest_step_seconds": slowest}
     run.wait()
-    found = newest_valid(folder)
-    assert found is not None
     expected = None
     for other in [run, *others]:
-        restore(found, other.parallel, other.optimizers)
-        other.from_the_first_sample()
-        loss = other.loss()
+        loss = loss_after_reading(other, folder)
         expected = loss if expected is None else expected
         figures.setdefault("losses_after_reading", []).append(loss)
         assert abs(loss - expected) < LOSS_TOLERANCE, (loss, expected)
     return figures
+
+
+def loss_after_reading(run: Run, folder: Path) -> float:
+    """Take a step on the first samples from the newest checkpoint in a folder; return its loss."""
+    found = newest_valid(folder)
+    assert found is not None
+    restore(found, run.parallel, run.optimizers)
+    run.from_the_first_sample()
+    return run.loss()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -337,6 +343,7 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", type=Path, help="folder to save in")
+    parser.add_argument("--read", type=Path, help="folder to read from")
     parser.add_argument("--kernels", type=int, default=0, help="kernels to list of a profile")
     parser.add_argument("--alone", type=Path, help="figures of one process, to compare with")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -371,6 +378,8 @@ def main() -> None:
         run = Run(config, parallel, corpus, accelerator, arguments)
         expected = rows[0]["first_losses"] if rows else None
         row = {"layout": text, **measure(run, arguments, expected, alone)}
+        if arguments.read is not None:
+            row["loss_after_reading"] = loss_after_reading(run, arguments.read)
         if arguments.losses:
             del run
             run = Run(config, parallel, corpus, accelerator, arguments)

@@ -63,6 +63,11 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 BYTES = 256
 """Vocabulary of the loss comparison."""
 
+RUNS = ("kernels, bf16", "PyTorch, bf16", "PyTorch, float32", "mamba-ssm, bf16")
+"""What it compares."""
+
+KERNELS, HALF, FLOAT, PEER = RUNS
+
 
 def group_of(kernel: str) -> str:
     """Return what a kernel is for."""
@@ -379,20 +384,20 @@ def compare_losses(arguments: argparse.Namespace) -> None:
         return train(subject, data, bf16=True)
 
     runs: dict[str, Callable[[], list[float]]] = {
-        "kernels, bf16": lambda: ours(bf16=True),
-        "PyTorch, bf16": lambda: reference(bf16=True),
-        "PyTorch, float32": lambda: reference(bf16=False),
-        "mamba-ssm, bf16": peer,
+        KERNELS: lambda: ours(bf16=True),
+        HALF: lambda: reference(bf16=True),
+        FLOAT: lambda: reference(bf16=False),
+        PEER: peer,
     }
     results: dict[str, Any] = {
         "environment": environment(),
         "model": "mamba2_130m", **sizes, "batch": arguments.batch, "length": arguments.length,
         "losses": {}, "seconds": {}, "absent": {},
     }  # fmt: skip
-    for name, run in runs.items():
+    for name in arguments.runs:
         begin = time.perf_counter()
         try:
-            losses = run()
+            losses = runs[name]()
         except ImportError as error:
             results["absent"][name] = str(error)
             continue
@@ -403,7 +408,7 @@ def compare_losses(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    if arguments.plot:
+    if arguments.plot and FLOAT in results["losses"]:
         plot(results["losses"], arguments.plot)
 
 
@@ -415,7 +420,7 @@ def plot(losses: dict[str, list[float]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(7, 6))
-    truth = losses["PyTorch, float32"]
+    truth = losses[FLOAT]
     for name, values in losses.items():
         above.plot(values, label=name, linewidth=1)
         below.plot([v - t for v, t in zip(values, truth, strict=True)], label=name, linewidth=1)
@@ -449,6 +454,7 @@ def main() -> int:
     compared.add_argument("--batch", type=int, default=8)
     compared.add_argument("--length", type=int, default=512)
     compared.add_argument("--steps", type=int, default=200)
+    compared.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     compared.add_argument("--out", type=Path)
     compared.add_argument("--plot", type=Path)
     arguments = parser.parse_args()

@@ -10,7 +10,7 @@ constant state is also read with its state carried on over the whole stream.
 from __future__ import annotations
 
 import hashlib
-import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -85,7 +85,10 @@ def evaluate_length(
         encoded = text.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
         stream += [tokenizer.eos_id, *ids]
-    usable = [m for m in sorted(set(config.multiples)) if m * length < len(stream)]
+    usable = sorted(set(config.multiples))
+    # A stretch that every window length divides, so that all of them score the same tokens.
+    while usable and (whole := math.lcm(*usable) * length) >= len(stream):
+        usable.pop()
     if not usable:
         raise ConfigError(
             "length.length",
@@ -93,8 +96,6 @@ def evaluate_length(
             f"the text has {len(stream):,} tokens, too few for one window; use a shorter length "
             "or more text.",
         )
-    # Every window length that is a divisor of the largest scores the same tokens.
-    whole = max(usable) * length
     tokens = (len(stream) - 1) // whole * whole
     inputs_l, labels_l = torch.tensor(stream[:tokens]), torch.tensor(stream[1 : tokens + 1])
     reader = Reader(model, form, chunk=chunk)
@@ -119,10 +120,10 @@ def evaluate_length(
         )
     if not model.state_grows():
         state, losses = model.new_state(1), []
-        for inputs, labels in zip(inputs_l.split(length), labels_l.split(length), strict=True):
+        longest = usable[-1] * length
+        for inputs, labels in zip(inputs_l.split(longest), labels_l.split(longest), strict=True):
             loss_bl, state = reader.losses(inputs[None], labels[None], state)
             losses.append(float(loss_bl.double().sum()))
         result.carried_loss = sum(losses) / tokens
-        tail = list(itertools.islice(reversed(losses), max(usable)))
-        result.carried_last_loss = sum(tail) / (len(tail) * length)
+        result.carried_last_loss = losses[-1] / longest
     return result

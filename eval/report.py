@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import html
 import json
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +104,38 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def write(values: dict[str, Any], path: Path) -> None:
-    """Write the JSON file beside its name, then rename it."""
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps(_plain(values), indent=2, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+def write(values: dict[str, Any], path: Path, *, rows: str | None = None) -> None:
+    """Write a JSON file.
+
+    Args:
+        values: Numbers that are not finite are written as null.
+        path: The file.
+        rows: The key of a list whose items take a line each, as its last.
+    """
+    plain = _plain(values)
+    items = [] if rows is None else plain.pop(rows)
+    text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
+    if rows is not None:
+        lines = [json.dumps(item, ensure_ascii=False, allow_nan=False) for item in items]
+        comma = "," if plain else ""
+        text = f'{text[:-2]}{comma}\n  "{rows}": [\n    ' + ",\n    ".join(lines) + "\n  ]\n}"
+    with whole(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a file's name once it is written, whoever else writes the same.
+
+    Yields:
+        What to write instead, in the same folder.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_report(
@@ -244,8 +272,13 @@ def _comparison(task: str, results: Mapping[str, Mapping[str, TaskResult]]) -> G
         values = [
             found[task].headline.get(line) if task in found else None for found in results.values()
         ]
-        rows.append([line, *("" if value is None else f"{value:.4f}" for value in values)])
+        rows.append([line, *("" if value is None else _short(value) for value in values)])
     return Grid(f"Compared: {task}", ["figure", *results], rows)
+
+
+def _short(value: float) -> str:
+    """Return a figure for a table: four places, none of large numbers."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4f}"
 
 
 def _draw(folder: Path, results: Mapping[str, Mapping[str, TaskResult]]) -> list[tuple[str, Path]]:

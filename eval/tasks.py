@@ -20,7 +20,9 @@ from eval.perplexity import (
 )
 from eval.published import published
 from eval.recall import evaluate_recall
+from eval.report import step_of
 from eval.result import Curve, Grid, TaskResult, finite
+from eval.training_log import read_training_log
 from mamba2lm.data import DataConfig, Tokenizer
 from mamba2lm.inference import LoadedRun
 from mamba2lm.schema import ConfigError, from_mapping
@@ -265,6 +267,39 @@ def run_harness(config: EvalConfig, run: LoadedRun) -> TaskResult:
     )
 
 
+def run_training(config: EvalConfig, run: LoadedRun) -> TaskResult:
+    """Read what the run's metrics say of its training."""
+    log = read_training_log(run.folder, step_of(run.folder))
+    gib = log.memory_bytes / 2**30
+    grid = Grid(
+        "Training",
+        ["steps", "tokens", "seconds", "tokens/s", "MFU", "GiB", "loss", "held-out loss"],
+        [
+            [
+                f"{log.steps:,}",
+                f"{log.tokens:,}",
+                f"{log.seconds:,.0f}",
+                f"{log.tokens_per_second:,.0f}",
+                "" if log.mfu is None else f"{log.mfu:.1%}",
+                f"{gib:.2f}",
+                f"{log.curve[-1][1]:.4f}" if log.curve else "",
+                f"{log.held_out[-1][1]:.4f}" if log.held_out else "",
+            ]
+        ],
+        ["tokens/s"],
+    )
+    headline = {"tokens per second": log.tokens_per_second, "GiB": gib}
+    if log.held_out_bits_per_byte is not None:
+        headline["held-out bits per byte"] = log.held_out_bits_per_byte
+    curves = []
+    for title, points in (("Loss in training", log.curve), ("Held-out loss", log.held_out)):
+        if points:
+            xs, ys = [float(tokens) for tokens, _ in points], [loss for _, loss in points]
+            curves.append(Curve(title, "tokens", "nats per token", xs, ys, log_x=False))
+    values = {**dataclasses.asdict(log), "best_held_out": log.best_held_out}
+    return TaskResult(values, [grid], curves, headline)
+
+
 _RUNNERS: Final[dict[str, Callable[[EvalConfig, LoadedRun], TaskResult]]] = {
     "perplexity": run_perplexity,
     "length": run_length,
@@ -274,6 +309,7 @@ _RUNNERS: Final[dict[str, Callable[[EvalConfig, LoadedRun], TaskResult]]] = {
     "passkey": run_passkey,
     "last_word": run_last_word,
     "harness": run_harness,
+    "training": run_training,
 }
 
 

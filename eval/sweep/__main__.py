@@ -6,8 +6,8 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from omegaconf import OmegaConf
 
 from eval import report
 from eval.sweep.cell import Cell, Spec
+from eval.sweep.claim import Claim
 from eval.sweep.config import SweepConfig
 from eval.sweep.data import SweepData
-from eval.sweep.summary import summarise
+from eval.sweep.summary import CONFIG, summarise
 from mamba2lm.cli import script
 from mamba2lm.inference.loading import choose_device
 from mamba2lm.schema import ConfigError
@@ -28,13 +29,14 @@ log = logging.getLogger("eval.sweep")
 
 # Steps of one cell before the next one's turn: Python stays ahead of the GPU.
 _TURN = 16
-CONFIG = "sweep.json"
 
 
 @script("sweep", SweepConfig)
 def main(config: SweepConfig) -> None:
     """Train what is missing, within the budget, and summarise what there is."""
     config.validate()
+    # Streams beyond the queues of the hardware would wait for each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     folder = Path(config.output)
     device = choose_device(config.device)
     open_folder(folder, config)
@@ -79,20 +81,20 @@ def identity(config: SweepConfig) -> dict[str, Any]:
 
 
 def specs(config: SweepConfig) -> list[Spec]:
-    """Return all cells, those that say most first: learning rates from the middle outwards."""
+    """Return all cells, those that say most first: rates from the middle outwards, every seed."""
     rates = sorted(config.learning_rates)
     middle = (len(rates) - 1) / 2
     outwards = [rates[i] for i in sorted(range(len(rates)), key=lambda i: abs(i - middle))]
     return [
         Spec(dataset, model, width, rate, seed)
-        for seed, rate, dataset, width, model in itertools.product(
-            config.seeds, outwards, config.datasets, config.widths, config.models
+        for rate, seed, dataset, width, model in itertools.product(
+            outwards, config.seeds, config.datasets, config.widths, config.models
         )
     ]
 
 
 def run_cells(config: SweepConfig, folder: Path, device: torch.device) -> None:
-    """Train the cells that have no file yet, several at a time.
+    """Train the cells that have no file yet and that no other process trains, several at a time.
 
     Args:
         config: The sweep; must be valid.
@@ -101,63 +103,108 @@ def run_cells(config: SweepConfig, folder: Path, device: torch.device) -> None:
     """
     began = time.perf_counter()
     cells = folder / "cells"
-    solved: set[tuple[Any, ...]] = set()
-
-    def note(spec: Spec, tests: list[dict[str, Any]]) -> None:
-        reached = [test["accuracy"] for test in tests if test["accuracy"] is not None]
-        if config.stop_at is not None and reached and min(reached) >= config.stop_at:
-            solved.add(all_but_rate(spec))
-
-    def all_but_rate(spec: Spec) -> tuple[Any, ...]:
-        return (spec.dataset, spec.model, spec.width, spec.seed)
-
-    missing: list[Spec] = []
-    for spec in specs(config):
-        file = cells / f"{spec.name}.json"
-        if file.is_file():
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            for name, now in makings(config, spec).items():
-                if kept[name] != now:
-                    raise ConfigError(
-                        "output", config.output,
-                        f"{file.name} was made with another {name}; use another folder or names.",
-                    )  # fmt: skip
-            note(spec, kept["tests"])
-        else:
-            missing.append(spec)
-    log.info("%d cells are missing", len(missing))
-
+    results = Results(config, cells)
     data: dict[str, SweepData] = {}
+    live: list[tuple[Cell, Claim]] = []
 
-    def waiting() -> Iterator[Spec]:
-        for spec in missing:
-            if not (config.skip_solved and all_but_rate(spec) in solved):
-                yield spec
+    def next_cell() -> tuple[Cell, Claim] | None:
+        # Looked for when there is room: what ended meanwhile, here or in another process that
+        # shares the folder, may leave cells out.
+        for spec in queue:
+            results.read(spec)
+            if results.has(spec) or (config.skip_solved and results.solved(spec)):
+                continue
+            claim = Claim.take(cells / f"{spec.name}.lock")
+            if claim is None:
+                continue
+            if results.has(spec):  # finished by another process since
+                claim.release()
+                continue
+            if spec.dataset not in data:
+                data[spec.dataset] = SweepData(config, config.datasets[spec.dataset], device)
+            return Cell(spec, config, data[spec.dataset], device), claim
+        return None
 
     def over() -> bool:
         return config.budget_s is not None and time.perf_counter() - began >= config.budget_s
 
-    # Known when they are needed: a cell that ends may leave others out.
-    queue = waiting()
-    live: list[Cell] = []
+    for spec in specs(config):
+        results.read(spec)
+    queue = iter([spec for spec in specs(config) if not results.has(spec)])
     concurrent = config.concurrent if device.type == "cuda" else 1
     while not over():
-        while len(live) < concurrent and (spec := next(queue, None)) is not None:
-            if spec.dataset not in data:
-                data[spec.dataset] = SweepData(config, config.datasets[spec.dataset], device)
-            live.append(Cell(spec, config, data[spec.dataset], device))
+        while len(live) < concurrent and (begun := next_cell()) is not None:
+            live.append(begun)
         if not live:
             break
-        for cell in list(live):
+        for cell, claim in list(live):
             cell.advance(_TURN)
             if cell.done:
-                live.remove(cell)
-                keep(cell, cells / f"{cell.spec.name}.json", device)
+                live.remove((cell, claim))
+                keep(cell, results.file(cell.spec), device)
                 (cells / f"{cell.spec.name}.unfinished").unlink(missing_ok=True)
-                note(cell.spec, cell.result()["tests"])
-    for cell in live:
+                claim.release()
+                cell.close()
+    for cell, claim in live:
         # What a cell had reached when time was up; it will start again.
         keep(cell, cells / f"{cell.spec.name}.unfinished", device)
+        claim.release()
+
+
+class Results:
+    """The cells of a folder that are finished, by this process or by others."""
+
+    def __init__(self, config: SweepConfig, folder: Path) -> None:
+        """Know none yet.
+
+        Args:
+            config: The sweep.
+            folder: Of the cells' files.
+        """
+        self.config, self.folder = config, folder
+        self._found: set[Spec] = set()
+        self._solved: set[tuple[Any, ...]] = set()
+
+    def file(self, spec: Spec) -> Path:
+        """Return where a cell's result is, or will be."""
+        return self.folder / f"{spec.name}.json"
+
+    def has(self, spec: Spec) -> bool:
+        """Return whether a cell is finished."""
+        return spec in self._found or self.file(spec).is_file()
+
+    def solved(self, spec: Spec) -> bool:
+        """Return whether a rate of the cell's model, width and seed has reached ``stop_at``."""
+        return _question(spec) in self._solved
+
+    def read(self, spec: Spec) -> None:
+        """Learn what is finished of the rates of a cell's question.
+
+        Raises:
+            ConfigError: A file was made of something else under the same name.
+        """
+        for rate in self.config.learning_rates:
+            sibling = dataclasses.replace(spec, learning_rate=rate)
+            if sibling in self._found or not self.file(sibling).is_file():
+                continue
+            kept = json.loads(self.file(sibling).read_text(encoding="utf-8"))
+            for name, now in makings(self.config, sibling).items():
+                if kept[name] != now:
+                    raise ConfigError(
+                        "output", self.config.output,
+                        f"{self.file(sibling).name} was made with another {name}; use another "
+                        "folder or names.",
+                    )  # fmt: skip
+            self._found.add(sibling)
+            reached = [test["accuracy"] for test in kept["tests"] if test["accuracy"] is not None]
+            stop_at = self.config.stop_at
+            if stop_at is not None and reached and min(reached) >= stop_at:
+                self._solved.add(_question(sibling))
+
+
+def _question(spec: Spec) -> tuple[Any, ...]:
+    """Return what the learning rates of a sweep are tried for."""
+    return (spec.dataset, spec.model, spec.width, spec.seed)
 
 
 def makings(config: SweepConfig, spec: Spec) -> dict[str, Any]:

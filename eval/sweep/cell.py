@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from eval.reading import Reader
-from eval.sweep.config import Decay, Order, SweepConfig
-from eval.sweep.data import SweepData
+from eval.sweep.config import Decay, Order, StageConfig, SweepConfig
+from eval.sweep.data import Examples, SweepData
 from mamba2lm.models import LanguageModel
 from mamba2lm.training.optimizer import OptimizerConfig, build_optimizers
 from mamba2lm.training.trainer import matmul_dtype
@@ -81,10 +81,12 @@ class Cell:
         self.dtype = matmul_dtype(config.precision, device)
         on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self._graphs: dict[int, torch.cuda.CUDAGraph] | None = (
-            {} if on_gpu and config.graphs else None
-        )
-        self._taken = [0] * len(self.shapes.stages)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] | None = None
+        if on_gpu and config.graphs:
+            self._graphs = {}
+            # The graphs of one cell never run at the same time: they may use the same memory.
+            self._pool = torch.cuda.graph_pool_handle()
+        self._eager_steps: dict[tuple[int, int], int] = {}
         with self._streamed():
             model = LanguageModel(config.model(spec.model, spec.width))
             model.init_weights(spec.seed)
@@ -102,10 +104,12 @@ class Cell:
                 group["lr"] = self.rate
                 group["capturable"] = on_gpu
             self._loss = torch.zeros((), device=device)
-            self._rows = [
-                torch.zeros(stage.batch_size, dtype=torch.int64, device=device)
-                for stage in self.shapes.stages
-            ]
+            self._batch: dict[tuple[int, int], Examples] = {}
+            """By shape: where the batch lies that a step learns from."""
+            for stage, examples in zip(self.shapes.stages, data.stages, strict=True):
+                self._batch[_shape(stage)] = Examples(
+                    *(each.new_zeros(stage.batch_size, each.shape[1]) for each in examples.tensors)
+                )
         self._plan = self._batches()
 
     @property
@@ -125,17 +129,28 @@ class Cell:
         """Take steps, up to the next evaluation, and evaluate when it is due."""
         if self._began is None:
             self._began = time.perf_counter()
-        every = self.config.evaluate_every
+        evaluation = self.config.evaluate_every
         with self._streamed():
-            for _ in range(min(steps, self.steps - self.step, every - self.step % every)):
+            for _ in range(min(steps, self.steps - self.step, evaluation - self.step % evaluation)):
                 stage, rows = next(self._plan)
-                self._rows[stage].copy_(rows, non_blocking=True)
+                shape = _shape(self.shapes.stages[stage])
+                for target, every_example in zip(
+                    self._batch[shape].tensors, self.data.stages[stage].tensors, strict=True
+                ):
+                    torch.index_select(every_example, 0, rows, out=target)
                 self.rate.fill_(self.spec.learning_rate * self._ratio())
-                self._take(stage)
+                self._take(shape)
                 self.step += 1
-            if self.step % every == 0 or self.step == self.steps:
+            if self.step % evaluation == 0 or self.step == self.steps:
                 self._evaluate()
         self.seconds = time.perf_counter() - self._began
+
+    def close(self) -> None:
+        """Give back the device's memory now, not when Python finds the cell in a cycle."""
+        self._plan.close()
+        self._graphs = None
+        self._batch.clear()
+        del self.model, self.optimizer
 
     def result(self) -> dict[str, Any]:
         """Return the cell's result as plain values."""
@@ -156,30 +171,31 @@ class Cell:
             "curve": self.curve,
         }
 
-    def _take(self, stage: int) -> None:
-        """Take one step on the rows of a stage that were chosen."""
+    def _take(self, shape: tuple[int, int]) -> None:
+        """Take one step on the batch that lies ready."""
         if self._graphs is None:
-            self._learn(stage)
+            self._learn(shape)
             return
-        if stage in self._graphs:
-            self._graphs[stage].replay()
+        if shape in self._graphs:
+            self._graphs[shape].replay()
             return
-        if self._taken[stage] < _WARMUP:
-            self._taken[stage] += 1
-            self._learn(stage)
+        taken = self._eager_steps.get(shape, 0)
+        if taken < _WARMUP:
+            self._eager_steps[shape] = taken + 1
+            self._learn(shape)
             return
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize(self.device)
-        with torch.cuda.graph(graph, stream=self.stream):
-            self._learn(stage)
-        self._graphs[stage] = graph
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+            self._learn(shape)
+        self._graphs[shape] = graph
         graph.replay()  # capturing computes nothing
 
-    def _learn(self, stage: int) -> None:
+    def _learn(self, shape: tuple[int, int]) -> None:
         # Everything here is captured: no value may be read back, no shape depend on one.
         self.optimizer.zero_grad(set_to_none=True)
-        input_bl, position_bk, answer_bk = self.data.stages[stage].rows(self._rows[stage])
+        input_bl, position_bk, answer_bk = self._batch[shape].rows(slice(None))
         with self._autocast():
             loss = self.model(input_bl, answer_bk, positions=position_bk).loss
         loss.backward()
@@ -227,7 +243,7 @@ class Cell:
             return 0.5 - 0.5 * math.cos(math.pi * left)
         return 1.0
 
-    def _batches(self) -> Iterator[tuple[int, Tensor]]:
+    def _batches(self) -> Generator[tuple[int, Tensor]]:
         """Yield stage and rows of every step."""
         random = torch.Generator().manual_seed(self.spec.seed)
         epochs = [
@@ -265,3 +281,8 @@ class Cell:
             return contextlib.nullcontext()
         # Cached casts would be left over from outside a graph.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
+
+
+def _shape(stage: StageConfig) -> tuple[int, int]:
+    """Return what tells the shapes of two stages' batches apart."""
+    return stage.batch_size, stage.length

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eval.sweep.config import DataSetConfig, SweepConfig
-from mamba2lm.data import SyntheticConfig, generate, questions_of
+from mamba2lm.data import IGNORED, SyntheticConfig, generate, questions_of
 
 
 @dataclass
@@ -23,11 +24,26 @@ class Examples:
     answer_nk: Tensor
 
     def rows(self, index: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Return inputs (b, l), positions (b, k) and answers (b, k) of some examples, int64."""
+        """Return inputs (b, l), positions (b, k) and answers (b, k) of some examples, int64.
+
+        Answers are −100 at positions that nothing is asked at.
+        """
         return (
             self.input_nl[index].long(),
             self.position_nk[index].long(),
             self.answer_nk[index].long(),
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, positions and answers of all examples."""
+        return self.input_nl, self.position_nk, self.answer_nk
+
+    def padded(self, questions: int) -> Examples:
+        """Return the examples with so many questions, those added asking nothing."""
+        more = (0, questions - self.position_nk.shape[1])
+        return Examples(
+            self.input_nl, F.pad(self.position_nk, more), F.pad(self.answer_nk, more, value=IGNORED)
         )
 
 
@@ -42,10 +58,13 @@ class SweepData:
             data: Stages and tests.
             device: Where the examples shall lie.
         """
-        self.stages = [
+        stages = [
             _examples(config.example(stage), config.data_seed, f"train {number}", device)
             for number, stage in enumerate(data.stages)
         ]
+        # As many questions in all, so that one graph takes a step of any stage of a length.
+        questions = max(stage.position_nk.shape[1] for stage in stages)
+        self.stages = [stage.padded(questions) for stage in stages]
         # Tests differ from training by their stream and from each other by their shape.
         self.tests = [
             _examples(config.example(test), config.data_seed, "test", torch.device("cpu"))

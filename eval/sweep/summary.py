@@ -13,6 +13,9 @@ from eval.published import published
 from eval.result import Grid, TaskResult
 from eval.sweep.config import SweepConfig, SweepTask
 
+CONFIG = "sweep.json"
+"""What a sweep's cells have in common, in its folder."""
+
 
 @dataclass
 class Point:
@@ -56,15 +59,26 @@ def summarise(folder: Path, config: SweepConfig) -> list[Point]:
     figures = published(config.task.value, config.preset)
     whole = TaskResult(None, [_grid(points, len(cells))], published=figures)
     grids = [*whole.grids, *report.published_grid(whole)]
-    values = [{**vars(point), "accuracy": point.accuracy} for point in points]
     report.write(
-        {"cells": len(cells), "points": values, "published": figures}, folder / "summary.json"
+        {
+            "sweep": json.loads((folder / CONFIG).read_text(encoding="utf-8")),
+            "models": {cell["model"]: cell["model_config"] for cell in cells},
+            "datasets": {cell["dataset"]: cell["data"] for cell in cells},
+            "environments": _environments(cells),
+            "points": [{**vars(point), "accuracy": point.accuracy} for point in points],
+            "published": figures,
+            "cells": [_row(cell) for cell in cells],
+        },
+        folder / "summary.json",
+        rows="cells",
     )
     markdown = [
         line for grid in grids for line in (f"## {grid.title}", "", *report.markdown(grid), "")
     ]
-    (folder / "summary.md").write_text("\n".join(markdown), encoding="utf-8")
-    draw(points, folder / "accuracy.png", by_length=config.task is SweepTask.induction)
+    with report.whole(folder / "summary.md") as file:
+        file.write_text("\n".join(markdown), encoding="utf-8")
+    with report.whole(folder / "accuracy.png") as file:
+        draw(points, file, by_length=config.task is SweepTask.induction)
     report.show(grids)
     return points
 
@@ -148,7 +162,23 @@ def draw(points: Sequence[Point], path: Path, *, by_length: bool) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy")
     axes[-1].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _row(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return what a cell found, without what it shares with others."""
+    shared = ("model_config", "data", "environment")
+    return {key: value for key, value in cell.items() if key not in shared}
+
+
+def _environments(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the different machines and versions of the cells, each with the first date."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for cell in cells:
+        environment = cell["environment"]
+        key = tuple(value for name, value in environment.items() if name != "date")
+        found[key] = min(found.get(key, environment), environment, key=lambda e: e["date"])
+    return list(found.values())
 
 
 def _grid(points: Sequence[Point], cells: int) -> Grid:

@@ -11,7 +11,6 @@ w convolution width, s what is selected (Δ of rank r, B and C side by side).
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from mamba2lm.ops.causal_conv1d import launch as conv
+from mamba2lm.ops.discretisation import NO_LIMIT
 from mamba2lm.ops.documents import document_starts
 from mamba2lm.ops.products import bias_gradient, matrix_gradient
 from mamba2lm.ops.selective_scan import launch as scan
-
-NO_LIMIT = (0.0, math.inf)
 
 
 def unsupported(x_bld: Tensor, conv_weight_iw: Tensor, A_in: Tensor) -> str | None:

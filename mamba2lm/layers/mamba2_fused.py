@@ -1,10 +1,10 @@
 """A whole Mamba-2 mixer as one autograd node, made of the operators' kernels.
 
 The same mathematics as ``Mamba2.forward``, with three savings that separate operators cannot make:
-the backward passes of the norm and of the convolution write their parts of one gradient of the
-fused projection in place, nothing is split or joined; the convolution's output and the normalised
-output, cheap to make, are made again instead of kept; and gradients of the two matrices leave
-their products in the dtype of the weights.
+the backward passes of the norm, the SSD and the convolution write their large gradients where they
+belong, side by side in those of the convolution's output and of the fused projection; the
+convolution's output and the normalised output, cheap to make, are made again instead of kept; and
+gradients of the two matrices leave their products in the dtype of the weights.
 
 Axes: b batch, l length, t tokens (b · l), d model width, i inner width, h heads, p head dim,
 g groups, n state, c convolved channels (x, B and C side by side), j rows of the projection
@@ -293,21 +293,25 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
             dentering_bhpn, gathered, log_decay_bhl[..., -1].shape
         )
         dlog_decay_bhl[..., -1] += dtotal_bh
-    dx_blhp, ddt, dA_h, dB_blgn, dC_blgn, dD_h, _, ddt_bias_h, _ = ssd.backward(
+    dconvolved_blc = torch.empty_like(convolved_blc)
+    dx_blhp, dB_out, dC_out = sizes.split_convolved(dconvolved_blc)
+    _, ddt, dA_h, dB, dC, dD_h, _, ddt_bias_h, _ = ssd.backward(
         dy_blhp, dleft_bhpn, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h,
-        None, document_bl, pre, True, *sizes.dt_limit,
+        None, document_bl, pre, True, *sizes.dt_limit, dx_out=dx_blhp,
     )  # fmt: skip
     if dlog_decay_bhl is not None and dC_carried_blgn is not None:
-        dC_blgn += dC_carried_blgn
+        dC += dC_carried_blgn
         for total, more in zip(
             (ddt, ddt_bias_h, dA_h),
             _log_decay_gradients(dlog_decay_bhl, dt_blh, dt_bias_h, A_h, sizes),
             strict=True,
         ):
             total += more
+    # Small beside the rest: copied to their places.
     ddt_blh.copy_(ddt)
-    dconvolved_blc = torch.cat([dx_blhp.flatten(2), dB_blgn.flatten(2), dC_blgn.flatten(2)], dim=2)
-    del convolved_blc, dx_blhp, dB_blgn, dC_blgn, dy_bli, dy_blhp
+    dB_out.copy_(dB)
+    dC_out.copy_(dC)
+    del convolved_blc, dy_bli, dy_blhp
     _, dconv_weight_cw, dconv_bias_c, dbefore_bwc = conv.backward(
         dconvolved_blc, None, xBC_blc, conv_weight_cw, conv_bias_c, before_bwc, document_bl, True,
         dx_out=dxBC_blc,

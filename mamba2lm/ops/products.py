@@ -12,18 +12,24 @@ import torch
 from torch import Tensor
 
 
+def _widens(factor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether products of such factors can leave the matrix unit in ``dtype``."""
+    half = factor.dtype in (torch.bfloat16, torch.float16)
+    return factor.is_cuda and torch.version.hip is None and half and dtype == torch.float32
+
+
 def matrix_gradient(dy_tm: Tensor, x_tk: Tensor, dtype: torch.dtype) -> Tensor:
     """Return dyᵀ x (m, k), rounded once, to ``dtype``."""
-    if dy_tm.is_cuda and dy_tm.dtype != dtype:
+    if _widens(dy_tm, dtype):
         return torch.mm(dy_tm.t(), x_tk, out_dtype=dtype)
     return (dy_tm.t() @ x_tk).to(dtype)
 
 
 def add_matrix_gradient(total_mk: Tensor, dy_tm: Tensor, x_tk: Tensor) -> None:
-    """Add dyᵀ x to a float32 matrix, in place and unrounded on a GPU."""
+    """Add dyᵀ x to a float32 matrix, in place and on NVIDIA's GPUs unrounded."""
     if dy_tm.dtype == total_mk.dtype:
         total_mk.addmm_(dy_tm.t(), x_tk)
-    elif dy_tm.is_cuda:
+    elif _widens(dy_tm, total_mk.dtype):
         torch.addmm(total_mk, dy_tm.t(), x_tk, out_dtype=total_mk.dtype, out=total_mk)
     else:
         total_mk += dy_tm.t() @ x_tk

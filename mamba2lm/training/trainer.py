@@ -35,6 +35,7 @@ from mamba2lm.training.checkpoint import (
     clear_partial,
     restore,
 )
+from mamba2lm.training.dropout import Dropout
 from mamba2lm.training.hardware import memory_in_use, peak_flops
 from mamba2lm.training.metrics import (
     Metrics,
@@ -87,6 +88,8 @@ class TrainingConfig:
     """auto: bf16 where the device multiplies it in hardware, else fp32."""
     max_grad_norm: float = 1.0
     seed: int = 0
+    dropout: float = 0.0
+    """Share of the embedding and of each sub-layer's output left out at random while training."""
     carry_state: bool = False
     """Begin each window from the state that the one before it in the text left (truncated
     back-propagation); batches are then batch_size texts read side by side, in order."""
@@ -133,6 +136,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"training.{name}", value, "must be ≥ 1, or null.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError("training.dropout", self.dropout, "must be in [0, 1).")
         if self.spike_sigmas is not None and not self.spike_sigmas > 0:
             raise ConfigError(
                 "training.spike_sigmas", self.spike_sigmas, "must be positive, or null."
@@ -225,6 +230,16 @@ class Trainer:
         if config.carry_state:
             check_carried(model, self.mesh)
         torch.manual_seed(config.seed)
+        self.dropout = None
+        if config.dropout:
+            if self.mesh.tensor is not None:
+                raise ConfigError(
+                    "training.dropout",
+                    config.dropout,
+                    "is for whole sub-layers, which parallel.tensor divides; use 0 or "
+                    "parallel.tensor=1.",
+                )
+            self.dropout = Dropout(model, config.dropout, seed=config.seed, rank=rank)
         self.flops_per_token = 3 * model.flops_per_token(corpus.sequence_length)
         self.parallel = ParallelModel(
             model,
@@ -294,6 +309,8 @@ class Trainer:
                 begin = time.perf_counter()
                 micro_batches = [next(batches) for _ in range(self.micro_steps)]
                 meter.data_wait += time.perf_counter() - begin
+                if self.dropout is not None:
+                    self.dropout.begin_step(progress.step)
                 loss, grad_norm, stop = self.forward_backward(micro_batches)
                 if first and self.world.is_main:
                     log.info("operators ran on: %s", implementations_taken())

@@ -62,6 +62,56 @@ def test_runs_are_compared(
     assert bits[1] in page
 
 
+ROWS = [
+    {"step": 1, "tokens": 100, "loss": 5.0, "tokens_per_second": 10.0, "mfu": 0.1,
+     "memory_bytes": 2**30, "seconds": 10.0},
+    {"step": 2, "tokens": 200, "loss": 4.0, "tokens_per_second": 50_000.0, "mfu": 0.3,
+     "memory_bytes": 3 * 2**30, "seconds": 12.0},
+    {"step": 2, "tokens": 200, "val_loss": 4.5, "val_perplexity": 90.0, "val_bits_per_byte": 1.5},
+    {"step": 3, "tokens": 300, "loss": None, "tokens_per_second": 30_000.0, "mfu": 0.2,
+     "memory_bytes": 2**30, "seconds": 13.0},
+    {"step": 3, "tokens": 300, "val_loss": 4.75, "val_perplexity": 115.0, "val_bits_per_byte": 1.6},
+    {"step": 4, "tokens": 400, "loss": 1.0, "tokens_per_second": 9e9, "mfu": 0.9,
+     "memory_bytes": 2**40, "seconds": 99.0},
+]  # fmt: skip
+
+
+def test_training_is_compared_up_to_the_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [
+        helpers.write_run(tmp_path / name, helpers.model("M"), helpers.tokenizer(), step=step)
+        for name, step in (("a", 3), ("b", 2))
+    ]
+    for run in runs:
+        lines = [json.dumps(row) for row in ROWS]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "tok')
+    report = tmp_path / "report"
+    given = (f"checkpoints=[{runs[0]},{runs[1]}]", "tasks=[training]", f"report={report}")
+    assert run_inside(monkeypatch, *given) == 0
+    found = json.loads((report / "report.json").read_text())["runs"]
+    a, b = (run["results"]["training"] for run in found.values())
+    # The median without the first row, which is slow for other reasons; 50,000 and 30,000 of a.
+    assert (a["tokens_per_second"], b["tokens_per_second"]) == (40_000.0, 50_000.0)
+    assert (a["mfu"], b["mfu"]) == pytest.approx((0.25, 0.3))
+    assert a["memory_bytes"] == 3 * 2**30
+    assert (a["steps"], a["tokens"], a["seconds"]) == (3, 300, 13.0)
+    assert a["curve"] == [[100, 5.0], [200, 4.0]]
+    assert a["held_out"] == [[200, 4.5], [300, 4.75]]
+    assert (a["best_held_out"], a["held_out_bits_per_byte"]) == (4.5, 1.6)
+    assert b["held_out"] == [[200, 4.5]]
+    text = (report / "report.md").read_text()
+    assert "| tokens per second | 40,000 | 50,000 |" in text
+    assert "| held-out bits per byte | 1.6000 | 1.5000 |" in text
+    for figure in ("loss-in-training", "held-out-loss"):
+        assert (report / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+
+    (runs[0] / "metrics.jsonl").unlink()
+    assert run_inside(monkeypatch, f"checkpoint={runs[0]}", "tasks=[training]") == 2
+    assert "metrics.jsonl; leave this task out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 import eval.sweep.__main__ as command
-from eval.sweep.cell import Cell, Spec
+from eval.sweep.cell import Cell, Spec, _shape
 from eval.sweep.config import Decay, Order, SweepConfig, SweepTask
 from eval.sweep.data import SweepData
 from eval.sweep.summary import best_points, draw
@@ -61,10 +63,13 @@ def test_a_cell_takes_every_batch_once_and_follows_its_schedule() -> None:
     rates, batches = [], []
     learn = cell._learn
 
-    def watch(stage: int) -> None:
+    def watch(shape: tuple[int, int]) -> None:
         rates.append(float(cell.rate))
-        batches.append((stage, cell._rows[stage].tolist()))
-        learn(stage)
+        stage = [_shape(each) for each in cell.shapes.stages].index(shape)
+        known = cell.data.stages[stage].input_nl
+        rows = [int((known == row).all(dim=1).nonzero()) for row in cell._batch[shape].input_nl]
+        batches.append((stage, rows))
+        learn(shape)
 
     cell._learn = watch  # type: ignore[method-assign]
     run(cell)
@@ -91,6 +96,14 @@ def test_examples_are_the_generators() -> None:
     ids, places, answers = data.stages[1].rows(torch.arange(64))
     assert ids.equal(inputs)
     assert labels.gather(1, places).equal(answers)
+    inputs, labels = generate(
+        RecallConfig(vocab_size=32, length=16, n_pairs=2), 96, seed=0, purpose="train 0"
+    )
+    ids, places, answers = data.stages[0].rows(torch.arange(96))
+    assert ids.equal(inputs)
+    assert labels.gather(1, places)[:, :2].equal(answers[:, :2])
+    assert answers[:, 2].eq(-100).all()  # as many questions as the other stage has
+    inputs, labels = generate(task, 64, seed=0, purpose="train 1")
     assert (labels != -100).sum() == 3 * 64
     ids, _, _ = data.tests[1].rows(slice(0, 9))
     assert ids.equal(generate(task, 9, seed=0)[0])
@@ -157,6 +170,10 @@ def sweep_inside(monkeypatch: pytest.MonkeyPatch, *given: str) -> int:
     return int(ended.value.code or 0)
 
 
+def files_by_name(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in sorted((folder / "cells").iterdir())]
+
+
 def test_a_sweep_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,6 +201,10 @@ def test_a_sweep_goes_on_where_it_stopped(
         assert point["accuracies"][seed] == best
     assert point["cells"] == 6
     assert summary["published"]
+    assert [c["learning_rate"] for c in summary["cells"]] == [1e-2, 1e-2, 1e-3, 1e-3, 3e-3, 3e-3]
+    assert summary["cells"][0]["curve"] == files_by_name(folder)[0]["curve"]
+    assert summary["models"]["mamba2_n16"]["mixers"]["M"] == {"d_state": 16, "headdim": 16}
+    assert [e["torch"] for e in summary["environments"]] == [torch.__version__]
     assert (folder / "accuracy.png").stat().st_size > 5000
     assert "| T |" in (folder / "summary.md").read_text()
     assert files[0]["environment"]["torch"] == torch.__version__
@@ -207,6 +228,57 @@ def test_solved_questions_leave_out_other_rates(tmp_path: Path) -> None:
     command.run_cells(sweep, tmp_path / "s", CPU)
     names = sorted(file.name for file in (tmp_path / "s" / "cells").iterdir())
     assert names == ["T-m-d16-lr2.00e-03-s0.json", "T-m-d16-lr2.00e-03-s1.json"]
+
+
+def test_processes_that_share_a_folder_train_every_cell_once(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    given = [a for a in arguments(folder) if "headdim" not in a]
+    given.append("+models.mamba2_n16.mixers.M.headdim=16")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "eval.sweep", *given],
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    logs = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], logs
+    ended = [line.split()[1] for log in logs for line in log.splitlines() if " of 4 steps" in line]
+    names = sorted(file.stem for file in (folder / "cells").iterdir())
+    assert sorted(name.rstrip(":") for name in ended) == names
+    assert len(names) == 6
+    assert len(json.loads((folder / "summary.json").read_text())["cells"]) == 6
+
+
+def test_a_cell_that_another_process_trains_is_left_to_it(tmp_path: Path) -> None:
+    sweep = config(learning_rates=[1e-3, 2e-3], stop_at=0.0, skip_solved=True)
+    command.open_folder(tmp_path, sweep)
+    cells = tmp_path / "cells"
+    [first, second] = command.specs(sweep)
+    lock = cells / f"{first.name}.lock"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, pathlib, time; from eval.sweep.claim import Claim;"
+         "kept = Claim.take(pathlib.Path(sys.argv[1])); print(kept is not None, flush=True);"
+         "time.sleep(99)", str(lock)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "True\n"
+    results = command.Results(sweep, cells)
+    results.read(first)
+    assert not results.solved(first)
+    command.run_cells(sweep, tmp_path, CPU)
+    assert sorted(file.name for file in cells.iterdir()) == [lock.name, f"{second.name}.json"]
+    results.read(first)  # what another process found counts here
+    assert results.solved(first)
+
+    holder.kill()  # which frees the cell, although the file is still there
+    holder.wait()
+    sweep.skip_solved = False
+    command.run_cells(sweep, tmp_path, CPU)
+    names = sorted([f"{first.name}.json", f"{second.name}.json"])
+    assert sorted(file.name for file in cells.iterdir()) == names
 
 
 def test_time_that_is_up_leaves_cells_unfinished(

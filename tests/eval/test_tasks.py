@@ -72,6 +72,27 @@ def test_length_is_the_loss_in_windows(form: Form) -> None:
     assert result.carried_last_loss == pytest.approx(float(whole[-80:].mean()), rel=1e-9)
 
 
+def test_multiples_that_do_not_divide_each_other_score_the_same_tokens() -> None:
+    model = helpers.model("MM")
+    config = LengthConfig(length=10, multiples=[2, 3, 97])
+    texts = [text[:200] for text in DOCUMENTS]
+    result = evaluate_length(model, helpers.tokenizer(), texts, config)
+    ids = stream_of(texts)
+    assert result.tokens == (len(ids) - 1) // 60 * 60
+    assert [(w.multiple, w.windows) for w in result.windows] == [
+        (2, result.tokens // 20), (3, result.tokens // 30),
+    ]  # fmt: skip
+    parts = [losses_of(model, ids[i : i + 31])[-10:] for i in range(0, result.tokens, 30)]
+    assert result.windows[1].last_loss == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
+    # Places 20 to 29 of a window of 30: the first ten of one of 20, or its last ten.
+    short = [
+        losses_of(model, ids[i // 20 * 20 : i // 20 * 20 + 21])[i % 20 : i % 20 + 10]
+        for i in range(20, result.tokens, 30)
+    ]
+    expected = float(torch.cat(short).mean())
+    assert result.windows[1].last_loss_short == pytest.approx(expected, rel=1e-5)
+
+
 def test_length_without_a_constant_state_is_not_carried() -> None:
     config = LengthConfig(length=16, multiples=[1, 2])
     result = evaluate_length(helpers.model("MA"), helpers.tokenizer(), DOCUMENTS, config)

@@ -133,14 +133,29 @@ def residual_dtypes(model: LanguageModel) -> set[torch.dtype]:
 def test_the_residual_stream_is_float32_beside_bf16_weights() -> None:
     model = small_model("MSAF").cast(torch.bfloat16)
     assert residual_dtypes(model) == {torch.float32}
-    inside: set[torch.dtype] = set()
+    inside: list[torch.dtype] = []
     for block in model.blocks:
-        block.norm.register_forward_hook(lambda m, a, output: inside.add(output.dtype))
+        block.mixer.register_forward_pre_hook(lambda m, a: inside.append(a[0].dtype))
     with torch.no_grad():
         model(tokens(1, 5))
-    assert inside == {torch.bfloat16}
+    assert inside == [torch.bfloat16] * 4
     model = small_model("MSAF", residual_in_fp32=False).cast(torch.bfloat16)
     assert residual_dtypes(model) == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_under_autocast_the_stream_is_the_float32_sum_of_what_mixers_add() -> None:
+    model, ids_bl = small_model("MSAF"), tokens(2, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(ids_bl).logits
+        x_bld = model.embedding(ids_bl)
+        for block in model.blocks:
+            y_bld, _ = block.mixer(block.norm(x_bld))
+            assert y_bld.dtype == torch.bfloat16
+            x_bld = x_bld + y_bld
+            assert x_bld.dtype == torch.float32
+        expected = F.linear(model.norm_f(x_bld), model.embedding.weight)[..., : model.vocab_size]
+    assert torch.equal(found, expected.float())
 
 
 def test_cast_keeps_what_must_stay_float32() -> None:

@@ -273,7 +273,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
     for width, launches, options in (
         (5120, (launch.FORWARD, launch.GATED_BACKWARD),
          {"GATED": True, "ADD": False, "HAS_DSUM": False, "TWO_DTYPES": False}),
-        (768, (launch.FORWARD, launch.BACKWARD),
+        (768, (launch.FORWARD, launch.NARROWEST_BACKWARD),
          {"GATED": False, "ADD": True, "HAS_DSUM": True, "TWO_DTYPES": True}),
     ):  # fmt: skip
         piece, pieces = launch.cut(width)

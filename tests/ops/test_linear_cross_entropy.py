@@ -184,3 +184,12 @@ def test_misuse_is_named(change: dict[str, Any], text: str) -> None:
     arguments: dict[str, Any] = {**tensors, "labels": labels}
     with pytest.raises(ValueError, match=text):
         linear_cross_entropy(**{**arguments, **change})
+
+
+def test_a_factor_of_the_loss_is_not_rounded() -> None:
+    tensors, labels = draw(torch.bfloat16, v=300)
+    plain, thirds = leaves(tensors), leaves(tensors)
+    found = gradients((linear_cross_entropy(**plain, labels=labels),), plain)[0]
+    third = gradients((linear_cross_entropy(**thirds, labels=labels) / 3,), thirds)[0]
+    ratio = (third.double() * found).sum() / found.double().square().sum()
+    assert abs(3 * ratio.item() - 1) < 5e-4  # a third in bfloat16 is wrong by 2e-3

@@ -109,6 +109,14 @@ def test_extreme_logits_match() -> None:
 
 
 @runs_kernels
+def test_labels_that_do_not_exist_match_nothing() -> None:
+    launch.override_blocks(SMALL)
+    labels = torch.tensor([18, -3, 17, -100], device=DEVICE)
+    loss = launch.softmax_gradient(torch.randn(4, 20, device=DEVICE), labels, 18, -100, True)
+    assert loss.isnan().tolist() == [True, True, False, False]
+
+
+@runs_kernels
 def test_the_operator_matches_its_fake() -> None:
     launch.override_blocks(SMALL)
     logits, labels = torch.randn(3, 20, device=DEVICE), torch.arange(3, device=DEVICE)
@@ -120,7 +128,7 @@ def test_the_operator_matches_its_fake() -> None:
 )
 def test_kernels_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
-    run_in_interpreter(__file__, "match", passed=9)
+    run_in_interpreter(__file__, "match", passed=10)
 
 
 @pytest.mark.gpu
@@ -147,14 +155,13 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
         pytest.skip("the interpreter compiles nothing")
     from mamba2lm.ops.linear_cross_entropy import softmax
 
+    blocks = launch.TUNED
+    constants = {"GRADIENT": True, "BLOCK": blocks.elements, "UNIT": 8, "STAGES": blocks.stages}
     for logits in ("*bf16", "*fp32"):
         compile_kernel(
             softmax.softmax_gradient_kernel,
-            {
-                "GRADIENT": True, "BLOCK": launch.TUNED.elements, "UNIT": 8,
-                "STAGES": launch.TUNED.stages,
-            },  # fmt: skip
+            constants,
             {"x": logits, "labels": "*i64", "loss": "*fp32"},
             target,
-            num_warps=launch.TUNED.warps,
+            num_warps=blocks.warps,
         )

@@ -45,7 +45,19 @@ class Blocks:
 
 FORWARD = Blocks(warps=8, elements=32, programs=4224, stages=3)
 BACKWARD = Blocks(warps=4, elements=12, programs=264, stages=2)
+NARROW_BACKWARD = Blocks(warps=4, elements=24, programs=264, stages=3)
+NARROWEST_BACKWARD = Blocks(warps=2, elements=24, programs=264, stages=3)
 GATED_BACKWARD = Blocks(warps=8, elements=24, programs=264, stages=3)
+
+
+def backward_blocks(width: int, gated: bool) -> Blocks:
+    """Return how the backward kernel is launched for groups of ``width`` channels."""
+    if gated:
+        return GATED_BACKWARD
+    if width <= 1024:
+        return NARROWEST_BACKWARD
+    return NARROW_BACKWARD if width <= 2560 else BACKWARD
+
 
 STAGED_BYTES = 64 * 1024
 """Shared memory that blocks of rows on their way may take; every GPU has as much."""
@@ -232,7 +244,7 @@ def backward(
     """
     rows, d = x.numel() // x.shape[-1], x.shape[-1]
     groups = d // group_size
-    tuned = BACKWARD if z is None else GATED_BACKWARD
+    tuned = backward_blocks(group_size, z is not None)
     blocks = tuned if _override is None else _override[1]
     piece, pieces = cut(group_size)
     block = _rows_at_once(group_size, blocks)

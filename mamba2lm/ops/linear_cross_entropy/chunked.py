@@ -107,6 +107,11 @@ def softmax_gradient_torch(
     return loss_s1.squeeze(1), wide_sv.to(logits_sv.dtype)
 
 
+def scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return a gradient times a float32 number, rounded once: the number itself is not."""
+    return torch.mul(gradient, factor.view(1), out=torch.empty_like(gradient))
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -152,7 +157,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dhidden_td, dweight_vd = ctx.saved_tensors
         return (
-            (dhidden_td * dloss.to(dhidden_td.dtype)),
+            scaled(dhidden_td, dloss),
             (dweight_vd * dloss).to(ctx.weight_dtype),
             *[None] * 5,
         )

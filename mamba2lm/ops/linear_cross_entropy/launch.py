@@ -25,9 +25,12 @@ ALIGNED = 8
 class Blocks:
     """How the kernel is launched; changes speed, and the loss by the order of its sum."""
 
-    elements: int = 4096
+    elements: int = 8192
     """Logits at a time, a power of two."""
-    warps: int = 8
+    warps: int = 16
+    """Many, so that few rows are on their way and the second reading finds them in the cache."""
+    registers: int | None = 64
+    """The most that a thread may use, so that two programs fit on a multiprocessor of NVIDIA's."""
     stages: int = 1
     """Depth of software pipelining over the first reading."""
 
@@ -80,7 +83,8 @@ def softmax_gradient(
         launch(
             _kernel(), (rows, 1, 1),
             logits_sv, labels_s, loss_s, stride // unit, vocab_size, padded // unit, ignore_index,
-            warps=blocks.warps, GRADIENT=gradient, BLOCK=blocks.elements, UNIT=unit,
+            warps=blocks.warps, registers=None if torch.version.hip else blocks.registers,
+            GRADIENT=gradient, BLOCK=blocks.elements, UNIT=unit,
             STAGES=blocks.stages,
         )  # fmt: skip
     return loss_s

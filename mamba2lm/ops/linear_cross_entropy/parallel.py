@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mamba2lm.ops.dispatch import state_dtype
-from mamba2lm.ops.linear_cross_entropy.chunked import CHUNK_ELEMENTS
+from mamba2lm.ops.linear_cross_entropy.chunked import CHUNK_ELEMENTS, scaled
 
 
 def linear_cross_entropy_parallel(
@@ -120,7 +120,7 @@ class _ParallelLinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         dhidden_td, dweight_vd = ctx.saved_tensors
         return (
-            dhidden_td * dloss.to(dhidden_td.dtype),
+            scaled(dhidden_td, dloss),
             (dweight_vd * dloss).to(ctx.weight_dtype),
             *[None] * 5,
         )

@@ -36,7 +36,7 @@ def softmax_gradient_kernel(
     """Compute one token's loss, and write the gradient over its logits if wanted.
 
     Logits from ``vocab_size`` on are padding: no part of the sum, gradient zero. A label equal to
-    ``ignore_index`` gives no loss and no gradient.
+    ``ignore_index`` gives no loss and no gradient, any other that does not exist a loss of NaN.
     """
     s = tl.cast(tl.program_id(0), tl.int64)
     x_ptr += s * x_s * UNIT
@@ -44,7 +44,8 @@ def softmax_gradient_kernel(
     label = tl.load(labels_ptr + s)
     counts = label != ignore_index
     # Before anything is written, so before the gradient takes its place.
-    chosen = tl.load(x_ptr + label, mask=counts, other=0.0).to(tl.float32)
+    exists = (label >= 0) & (label < vocab_size)
+    chosen = tl.load(x_ptr + label, mask=exists, other=float("nan")).to(tl.float32)
     c = tl.arange(0, BLOCK)
     highest = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)

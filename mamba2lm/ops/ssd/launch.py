@@ -372,6 +372,7 @@ def backward(
     dt_softplus: bool,
     low: float,
     high: float,
+    dx_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the backward kernels.
 
@@ -379,6 +380,8 @@ def backward(
         dout: Gradient of y, (b, l, h, p).
         dfinal: Gradient of the final states, (b, h, p, n), or None for zero.
         pre: y before the gate, as ``forward`` returned it.
+        dx_out: Where to write the gradient of x, (b, l, h, p) with unit stride on the last axis: a
+            slice of a layer's fused gradient, for one. None allocates it.
 
     Other Args: as ``forward``.
 
@@ -398,17 +401,21 @@ def backward(
     device = x.device
     initial = None if initial_states is None else initial_states.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    inputs = (x, dt, A, B, C, D, z, dt_bias, initial, pre, dy, dfinal)
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial, pre, dy, dfinal, dx_out)
     launch = Launches(
         device, "ssd_backward", config, document is None, dt_softplus, low, high,
         *(signature(tensor) for tensor in inputs),
     )  # fmt: skip
     with on_device(device):
         padded = _padded_documents(document, c * q)
-        dx = torch.empty(b, length, h, p, dtype=x.dtype, device=device)
-        dz = torch.empty_like(dx) if z is not None else dx.new_empty(0)
+        dx = dx_out
+        if dx is None:
+            dx = torch.empty(b, length, h, p, dtype=x.dtype, device=device)
+        assert dx.shape == x.shape
+        assert dx.stride(3) == 1
+        dz = x.new_empty((0,) if z is None else (b, length, h, p))
         if z is not None:
-            gated, dy = dy, torch.empty_like(dx)
+            gated, dy = dy, torch.empty_like(dz)
             launch(
                 kernels.gate_backward_kernel, (-(-length // 64), h, b),
                 gated, pre, z, dy, dz,
@@ -491,8 +498,33 @@ def backward(
     return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
 
 
+def _backward_anew(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    document: Tensor | None,
+    pre: Tensor,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the backward kernels into new tensors, the form that a custom operator may have."""
+    return backward(
+        dout, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, document, pre,
+        dt_softplus, low, high,
+    )  # fmt: skip
+
+
 forward_op = torch.library.custom_op("mamba2lm::ssd_forward", forward, mutates_args=())
-backward_op = torch.library.custom_op("mamba2lm::ssd_backward", backward, mutates_args=())
+backward_op = torch.library.custom_op("mamba2lm::ssd_backward", _backward_anew, mutates_args=())
 
 
 @forward_op.register_fake
