@@ -1,8 +1,9 @@
 """Streaming clients for ``benchmarks/generation.py``: a process of their own, no packages.
 
-    echo '{"port": 8000, "requests": [[{"prompt": …}, …], …]}' | python benchmarks/clients.py
+    echo '{"port": 8000, "clients": 64, "requests": [{"prompt": …}]}' | python benchmarks/clients.py
 
-Each inner list is one client, who sends its requests one after another. Reports seconds.
+A client sends the next request that no other has sent as soon as its last one is answered, so that
+so many are under way until there are no more. Reports seconds.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 
-async def client(port: int, requests: list[dict[str, Any]]) -> list[tuple[float, list[float], int]]:
+async def client(
+    port: int, requests: Iterator[dict[str, Any]]
+) -> list[tuple[float, list[float], int]]:
     """Return time to first token, gaps between deliveries, and tokens, of each request."""
     found = []
     for body in requests:
@@ -43,17 +47,18 @@ async def client(port: int, requests: list[dict[str, Any]]) -> list[tuple[float,
     return found
 
 
-async def run(port: int, requests: list[list[dict[str, Any]]]) -> dict[str, float]:
+async def run(port: int, clients: int, requests: list[dict[str, Any]]) -> dict[str, float]:
     """Run all clients at once and sum up."""
     began = time.perf_counter()
-    found = await asyncio.gather(*(client(port, mine) for mine in requests))
+    queue = iter(requests)
+    found = await asyncio.gather(*(client(port, queue) for _ in range(clients)))
     seconds = time.perf_counter() - began
     flat = [entry for mine in found for entry in mine]
     firsts = sorted(first for first, _, _ in flat)
     gaps = sorted(gap for _, mine, _ in flat for gap in mine)
     tokens = sum(count for _, _, count in flat)
     return {
-        "clients": len(requests),
+        "clients": clients,
         "requests": len(flat),
         "seconds": seconds,
         "new_tokens": tokens,
@@ -68,4 +73,4 @@ async def run(port: int, requests: list[list[dict[str, Any]]]) -> dict[str, floa
 
 if __name__ == "__main__":
     asked = json.load(sys.stdin)
-    sys.stdout.write(json.dumps(asyncio.run(run(asked["port"], asked["requests"]))))
+    sys.stdout.write(json.dumps(asyncio.run(run(**asked))))

@@ -4,6 +4,7 @@
     python -m benchmarks.generation context --out results.json    per token, by tokens read before
     python -m benchmarks.generation offline prefill --out …       many requests; long prompts
     python -m benchmarks.generation server --out …                64 streaming clients
+    python -m benchmarks.generation update --out …                the state update kernel alone
     python -m benchmarks.generation peers --out …                 transformers and mamba-ssm
     python -m benchmarks.generation plot --out results.json       the context figure, beside it
     python -m benchmarks.generation states --checkpoint RUN --text FILE --out …
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
+import importlib.util
 import json
 import logging
 import signal
@@ -33,6 +36,7 @@ from typing import Any
 
 import torch
 
+from mamba2lm import ops
 from mamba2lm.data import Tokenizer
 from mamba2lm.inference import Engine, Request, SamplingConfig, load_run
 from mamba2lm.inference.batch import Batch, Slot
@@ -49,17 +53,19 @@ SAMPLED = SamplingConfig(temperature=0.8, top_p=0.95)
 
 # (preset, rows, state dtype, sampling)
 STEPS = (
+    ("mamba2_2_7b", 1, "auto", GREEDY),
+    ("mamba2_2_7b", 64, "auto", GREEDY),
+    ("mamba2_2_7b", 64, "bfloat16", GREEDY),
+    ("mamba1_2_8b", 1, "auto", GREEDY),
+    ("mamba1_2_8b", 64, "auto", GREEDY),
+    ("hybrid_130m", 64, "auto", GREEDY),
+    ("mamba1_130m", 1, "auto", GREEDY),
+    ("mamba1_130m", 64, "auto", GREEDY),
     ("mamba2_130m", 1, "auto", GREEDY),
     ("mamba2_130m", 8, "auto", GREEDY),
     ("mamba2_130m", 64, "auto", GREEDY),
     ("mamba2_130m", 64, "bfloat16", GREEDY),
     ("mamba2_130m", 64, "auto", SAMPLED),
-    ("hybrid_130m", 64, "auto", GREEDY),
-    ("mamba1_130m", 1, "auto", GREEDY),
-    ("mamba1_130m", 64, "auto", GREEDY),
-    ("mamba2_2_7b", 1, "auto", GREEDY),
-    ("mamba2_2_7b", 64, "auto", GREEDY),
-    ("mamba2_2_7b", 64, "bfloat16", GREEDY),
 )
 CONTEXTS = {
     "mamba2_130m": (1 << 10, 1 << 13, 1 << 16, 1 << 20),
@@ -96,7 +102,7 @@ def running(
     """Return a batch of rows that have read something, ready to step."""
     recurrent = torch.bfloat16 if state_dtype == "bfloat16" else None
     batch = Batch(model, rows, recurrent_dtype=recurrent, graphs=graphs)
-    slots = [Slot(None, tokens, sampling, i, (), None) for i in range(rows)]
+    slots = [Slot(None, tokens, 1 << 30, sampling, i, (), None) for i in range(rows)]
     state = state or model.new_state(1)
     logits_bv = torch.randn(rows, VOCAB_SIZE, device=model.embedding.weight.device)
     batch.join(slots, [state] * rows, logits_bv)
@@ -106,11 +112,11 @@ def running(
 def per_token(batch: Batch, *, repeats: int = 12) -> dict[str, float]:
     """Return milliseconds a step over strides, host included."""
     for _ in range(2):
-        batch.step(STRIDE)
+        batch.launch(STRIDE).tokens()
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        batch.step(STRIDE)  # fetches its tokens, so it ends when the device has
+        batch.launch(STRIDE).tokens()
         times.append((time.perf_counter() - began) / STRIDE * 1e3)
     times.sort()
     return {
@@ -124,9 +130,9 @@ def kernels(batch: Batch, top: int = 14) -> dict[str, Any]:
     """Return what the GPU does in a step: its own time, launches, and the longest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
-    batch.step(STRIDE)
+    batch.launch(STRIDE).tokens()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
-        batch.step(STRIDE)
+        batch.launch(STRIDE).tokens()
         torch.cuda.synchronize()
     events = [e for e in profiled.key_averages() if e.self_device_time_total > 0]
     events.sort(key=lambda e: -e.self_device_time_total)
@@ -182,7 +188,7 @@ def steps(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
         }
         if models.device == "cuda":
             entry |= kernels(batch)
-            if rows == 1:
+            if rows == 1 and preset.endswith("130m"):
                 plain = running(model, rows, state_dtype=state_dtype, tokens=1024, graphs=False)
                 entry["op_by_op_ms"] = per_token(plain, repeats=4)["ms"]
         yield entry
@@ -256,6 +262,85 @@ def offline(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
         yield entry
 
 
+def update(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
+    """Time the state update of a 2.7B layer alone, beside mamba-ssm's kernel."""
+    h, p, n = 80, 64, 128
+    peer: Any = None
+    try:
+        peer = mamba_ssm_module("ops.triton.selective_state_update").selective_state_update
+    except Exception as error:
+        log.warning("mamba-ssm's kernel cannot be timed here", exc_info=error)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=models.device)
+
+    A_h, D_h, bias_h = randn(h), randn(h), randn(h)
+    for rows, dtype in (
+        (1, torch.float32), (64, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16),
+    ):  # fmt: skip
+        # More states than a cache holds, one after the other.
+        states = [randn(rows, h, p, n).to(dtype) for _ in range(max(4, 64 // rows))]
+        x_bhp, dt_bh, B_b1n, C_b1n = (
+            randn(rows, *shape).bfloat16() for shape in ((h, p), (h,), (1, n), (1, n))
+        )
+
+        @torch.inference_mode()
+        def mine(
+            states: list[torch.Tensor] = states,
+            inputs: tuple[torch.Tensor, ...] = (x_bhp, dt_bh, A_h, B_b1n, C_b1n),
+        ) -> None:
+            for state in states:
+                ops.ssd_state_update(
+                    state, *inputs, D=D_h, dt_bias=bias_h, dt_softplus=True, A_is_log=True,
+                    in_place=True,
+                )  # fmt: skip
+
+        def theirs(
+            states: list[torch.Tensor] = states,
+            inputs: tuple[torch.Tensor, ...] = (
+                x_bhp, dt_bh[:, :, None].expand(rows, h, p),
+                -A_h.exp()[:, None, None].expand(h, p, n), B_b1n, C_b1n,
+            ),
+        ) -> None:  # fmt: skip
+            assert peer is not None
+            for state in states:
+                peer(
+                    state, *inputs, D_h[:, None].expand(h, p), z=None,
+                    dt_bias=bias_h[:, None].expand(h, p), dt_softplus=True,
+                )  # fmt: skip
+
+        entry = {
+            "rows": rows,
+            "state": str(dtype).removeprefix("torch."),
+            "us": recorded_us(mine, len(states)),
+            "floor_us": round(2 * states[0].numel() * states[0].element_size() / 3.0e6, 2),
+        }
+        if peer is not None:
+            entry["mamba_ssm_us"] = recorded_us(theirs, len(states))
+        yield entry
+
+
+def recorded_us(once: Callable[[], None], calls: int, repeats: int = 9) -> float:
+    """Return the median microseconds of one of the calls, recorded together as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        once()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        once()
+        graph.capture_end()
+        times = []
+        for _ in range(repeats + 1):
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            graph.replay()
+            ended.record()
+            stream.synchronize()
+            times.append(began.elapsed_time(ended) * 1e3 / calls)
+    return round(statistics.median(times[1:]), 2)
+
+
 def server(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
     """Serve 64 streaming clients of mixed lengths; compare with the same requests offline."""
     from mamba2lm.inference.config import ServeConfig
@@ -264,31 +349,26 @@ def server(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
     preset = chosen[0] if chosen else "mamba2_130m"
     engine = Engine(models(preset), Tokenizer.of_bytes(), max_rows=64)
     torch.manual_seed(0)
-    lengths = torch.randint(16, 400, (64, 4, 2)).tolist()
+    lengths = torch.randint(16, 400, (512, 2)).tolist()
     asked = [
-        [
-            {
-                "prompt": torch.randint(0, VOCAB_SIZE, (prompt,)).tolist(),
-                "max_tokens": new, "temperature": 0, "ignore_eos": True,
-            }
-            for prompt, new in mine
-        ]
-        for mine in lengths
+        {
+            "prompt": torch.randint(0, VOCAB_SIZE, (prompt,)).tolist(),
+            "max_tokens": new, "temperature": 0, "ignore_eos": True,
+        }
+        for prompt, new in lengths
     ]  # fmt: skip
 
-    def at_once() -> float:
+    def at_once(requests: list[dict[str, Any]]) -> float:
         jobs = [
             engine.submit(Request(one["prompt"], GREEDY, one["max_tokens"], ignore_eos=True))
-            for place in range(4)
-            for one in (mine[place] for mine in asked)
+            for one in requests
         ]
         began = time.perf_counter()
         engine.run(jobs)
-        return time.perf_counter() - began
+        return sum(one["max_tokens"] for one in requests) / (time.perf_counter() - began)
 
-    new_tokens = sum(new for mine in lengths for _, new in mine)
-    at_once()  # compile
-    offline_rate = new_tokens / at_once()
+    at_once(asked[:80])  # compile
+    offline_rate = at_once(asked)
     config = ServeConfig(checkpoint="none", port=0, state_cache_mib=0, max_waiting=1000)
     http = http_server(config, engine, preset)
     switch = sys.getswitchinterval()
@@ -298,9 +378,10 @@ def server(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
         thread.start()
         while not http.started:
             time.sleep(0.01)
+        port = sock.getsockname()[1]
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("clients.py"))],
-            input=json.dumps({"port": sock.getsockname()[1], "requests": asked}),
+            input=json.dumps({"port": port, "clients": 64, "requests": asked}),
             capture_output=True,
             text=True,
             check=True,
@@ -410,39 +491,38 @@ def timed(once: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def mamba_ssm_steps(models: Models) -> Iterator[dict[str, Any]]:
-    """Time mamba-ssm's own generation with its CUDA graph; its CUDA extensions may be missing."""
-    extensions = []
-    for module in ("selective_scan_cuda", "causal_conv1d"):
-        try:
-            __import__(module)
-            extensions.append(module)
-        except ImportError:
-            if module == "selective_scan_cuda":
-                # Imported by every file of it and called by Mamba-1 alone.
-                sys.modules[module] = types.ModuleType(module)
-    if "mamba_ssm" not in sys.modules and "selective_scan_cuda" not in extensions:
-        # Its __init__ imports parts that need more than Mamba-2 does.
-        import importlib.util
+def installed(module: str) -> bool:
+    """Return whether a module is there, and more than a stand-in of ours."""
+    if module in sys.modules:
+        return sys.modules[module].__spec__ is not None
+    return importlib.util.find_spec(module) is not None
 
+
+def mamba_ssm_module(name: str) -> Any:
+    """Import a module of mamba-ssm, whose CUDA extensions may be missing."""
+    if "mamba_ssm" not in sys.modules and not installed("selective_scan_cuda"):
+        # Imported by every file of it and called by Mamba-1 alone.
+        sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
+        # Its __init__ imports parts that need more than Mamba-2 does.
         spec = importlib.util.find_spec("mamba_ssm")
         if spec is None or spec.submodule_search_locations is None:
             raise ImportError("mamba_ssm is not installed")
         package = types.ModuleType("mamba_ssm")
         package.__path__ = list(spec.submodule_search_locations)
         sys.modules["mamba_ssm"] = package
-    from mamba_ssm.models.config_mamba import (  # pyright: ignore[reportMissingImports]
-        MambaConfig,
-    )
-    from mamba_ssm.models.mixer_seq_simple import (  # pyright: ignore[reportMissingImports]
-        MambaLMHeadModel,
-    )
+    return importlib.import_module(f"mamba_ssm.{name}")
 
+
+def mamba_ssm_steps(models: Models) -> Iterator[dict[str, Any]]:
+    """Time mamba-ssm's own generation with its CUDA graph, and its reading of prompts."""
+    missing = [name for name in ("selective_scan_cuda", "causal_conv1d") if not installed(name)]
+    head_model: Any = mamba_ssm_module("models.mixer_seq_simple").MambaLMHeadModel
+    configuration: Any = mamba_ssm_module("models.config_mamba").MambaConfig
     for preset, width, depth, batches in (
         ("mamba2_130m", 768, 24, (1, 64)),
         ("mamba2_2_7b", 2560, 64, (1, 64)),
     ):
-        config = MambaConfig(
+        config = configuration(
             d_model=width,
             n_layer=depth,
             vocab_size=VOCAB_SIZE,
@@ -452,7 +532,8 @@ def mamba_ssm_steps(models: Models) -> Iterator[dict[str, Any]]:
             fused_add_norm=True,
             pad_vocab_size_multiple=16,
         )
-        theirs = MambaLMHeadModel(config, device=models.device, dtype=torch.bfloat16).eval()
+        theirs = head_model(config, device=models.device, dtype=torch.bfloat16).eval()
+        about = {"peer": "mamba-ssm", "preset": preset, "missing_extensions": missing}
         for rows in batches:
             prompt = torch.randint(0, VOCAB_SIZE, (rows, 64), device=models.device)
 
@@ -462,16 +543,18 @@ def mamba_ssm_steps(models: Models) -> Iterator[dict[str, Any]]:
                 theirs.generate(prompt, max_length=64 + new, cg=True, top_k=1)  # type: ignore[operator]
 
             once(100)
-            short, long = (min(timed(lambda n=n: once(n)) for _ in range(3)) for n in (4, 100))
-            yield {
-                "peer": "mamba-ssm",
-                "preset": preset,
-                "rows": rows,
-                "ms": round((long - short) / 96 * 1e3, 4),
-                "state": "bfloat16",
-                "cuda_extensions": extensions,
-            }
+            short, long = (min(timed(lambda n=n: once(n)) for _ in range(2)) for n in (4, 100))
+            ms = round((long - short) / 96 * 1e3, 4)
+            yield {**about, "rows": rows, "ms": ms, "state": "bfloat16"}
             theirs._decoding_cache = None
+        for rows, length in ((1, 8192), (8, 2048)):
+            ids = torch.randint(0, VOCAB_SIZE, (rows, length), device=models.device)
+
+            @torch.inference_mode()
+            def read(ids: torch.Tensor = ids, theirs: torch.nn.Module = theirs) -> None:
+                theirs(ids, num_last_tokens=1)
+
+            yield {**about, "rows": rows, "prompt": length, "ms": median_ms(read)}
         del theirs
         gc.collect()
         torch.cuda.empty_cache()
@@ -523,6 +606,7 @@ CASES: dict[str, Callable[[Models, list[str]], Iterator[dict[str, Any]]]] = {
     "context": context,
     "offline": offline,
     "server": server,
+    "update": update,
     "prefill": prefill,
     "peers": peers,
 }

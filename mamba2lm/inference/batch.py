@@ -15,6 +15,7 @@ longest row, so a step reads no more than twice what it needs.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ _INITIAL_ROWS = 8
 _KEPT_SLOTS = 8192
 
 
-@dataclass
+@dataclass(eq=False)
 class Slot:
     """What the host knows of a running row."""
 
@@ -45,6 +46,8 @@ class Slot:
     """Whom its tokens are for; never looked into here."""
     tokens: int
     """Tokens that its state has read."""
+    left: int
+    """Tokens that may still be drawn; what is drawn beyond is of no use."""
     sampling: SamplingConfig
     seed: int
     seen: Collection[int]
@@ -60,6 +63,58 @@ class DrawnToken:
     token_id: int
     """−1 where the model's output is not finite."""
     logprob: TokenLogprob | None
+
+
+class Flight:
+    """What one or more steps have drawn, on its way to the host."""
+
+    def __init__(self, drawn: Sequence[Drawn], slots: Sequence[Slot]) -> None:
+        """Begin to fetch it, without waiting for it.
+
+        Args:
+            drawn: Of each step.
+            slots: The rows that it was drawn for.
+        """
+        self.slots = list(slots)
+        self.steps = len(drawn)
+        self.began_at = time.perf_counter()
+        self._fetched = [self._fetch(tensors) for tensors in zip(*drawn, strict=True)]
+        self._arrived: torch.cuda.Event | None = None
+        if drawn[0].token_b.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def _fetch(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
+        real = [tensor for tensor in tensors if tensor is not None]
+        if not real:
+            return None
+        stacked = torch.stack(real)
+        if not stacked.is_cuda:
+            return stacked
+        host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+        return host.copy_(stacked, non_blocking=True)
+
+    def tokens(self) -> list[list[DrawnToken]]:
+        """Wait for it; return for each step one token a row."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        token_tb, logprob_tb, top_tbw, top_token_tbw = (
+            [] if tensor is None else tensor.tolist() for tensor in self._fetched
+        )
+        steps = []
+        for t, token_b in enumerate(token_tb):
+            step = []
+            for i, slot in enumerate(self.slots):
+                logprob = None
+                if slot.logprobs is not None:
+                    top = []
+                    if slot.logprobs:
+                        pairs = zip(top_token_tbw[t][i], top_tbw[t][i], strict=True)
+                        top = list(pairs)[: slot.logprobs]
+                    logprob = TokenLogprob(token_b[i], logprob_tb[t][i], top)
+                step.append(DrawnToken(token_b[i], logprob))
+            steps.append(step)
+        return steps
 
 
 class Batch:
@@ -86,7 +141,8 @@ class Batch:
         self._device = model.embedding.weight.device
         self._max_rows = max_rows
         self._recurrent_dtype = recurrent_dtype
-        self._grows = any(not block.mixer.constant_state for block in model.blocks)
+        self.grows = any(not block.mixer.constant_state for block in model.blocks)
+        """Whether a row takes more memory with every token."""
         self._capacity = self._room = 0
         self._state = model.new_state(0, recurrent_dtype=recurrent_dtype)
         self._rows = SamplingRows.new(0, self._device)
@@ -107,7 +163,7 @@ class Batch:
     @torch.inference_mode()
     def join(
         self, slots: Sequence[Slot], states: Sequence[ModelState], logits_bv: Tensor
-    ) -> list[DrawnToken]:
+    ) -> Flight:
         """Add rows and draw the first token of each.
 
         Args:
@@ -129,7 +185,9 @@ class Batch:
         self._token_b[old:new] = drawn.token_b
         self.slots += slots
         self._needs = None
-        return _on_host([drawn], slots)[0]
+        for slot in slots:
+            slot.left -= 1
+        return Flight([drawn], slots)
 
     @torch.inference_mode()
     def reserve(self, count: int) -> None:
@@ -137,16 +195,16 @@ class Batch:
         self._make_room(len(self), max(slot.tokens for slot in self.slots) + count)
 
     @torch.inference_mode()
-    def step(self, count: int = 1) -> list[list[DrawnToken]]:
-        """Feed each row its last token and draw the next, ``count`` times before the host looks.
+    def launch(self, count: int = 1) -> Flight:
+        """Feed each row its last token and draw the next, ``count`` times.
 
-        Returns:
-            For each step, one token a row.
+        A GPU is told what to do and not waited for; what is asked of the batch meanwhile takes
+        place after it.
         """
         self.reserve(count)
         tokens = max(slot.tokens for slot in self.slots) + count
         features = self._needs = self._needs or self._features(self.slots)
-        rows, slots = self._bucket(len(self)), _slots_for(tokens) if self._grows else 0
+        rows, slots = self._bucket(len(self)), _slots_for(tokens) if self.grows else 0
         once = self._once(rows, slots, features)
         if self._graphs is not None:
             scratch = self._once(rows, slots, features, scratch=True)
@@ -157,7 +215,8 @@ class Batch:
             drawn.append(Drawn(*(None if t is None else t.clone() for t in result)))  # type: ignore[arg-type]
         for slot in self.slots:
             slot.tokens += count
-        return _on_host(drawn, self.slots)
+            slot.left -= count
+        return Flight(drawn, self.slots)
 
     @torch.inference_mode()
     def state_of(self, index: int) -> ModelState:
@@ -253,7 +312,7 @@ class Batch:
             self._rows = self._rows.grown(capacity)
             self._state, self._token_b, self._capacity = state, token_b, capacity
             self._forget_graphs()
-        if self._grows and tokens > self._room:
+        if self.grows and tokens > self._room:
             self._state = self._model.reserve(self._state, _slots_for(tokens))
             self._room = _slots_for(tokens)
             self._forget_graphs()
@@ -320,30 +379,3 @@ class Graphs:
 def _slots_for(tokens: int) -> int:
     """Return the power of two of cache slots that holds so many tokens."""
     return max(_FEWEST_SLOTS, 1 << (tokens - 1).bit_length())
-
-
-def _on_host(drawn: Sequence[Drawn], slots: Sequence[Slot]) -> list[list[DrawnToken]]:
-    """Fetch the tokens of several steps at once."""
-
-    def fetch(tensors: Sequence[Tensor | None]) -> list[Any]:
-        real = [tensor for tensor in tensors if tensor is not None]
-        return torch.stack(real).tolist() if real else []
-
-    token_tb = fetch([d.token_b for d in drawn])
-    logprob_tb = fetch([d.logprob_b for d in drawn])
-    top_tbw = fetch([d.top_logprob_bw for d in drawn])
-    top_token_tbw = fetch([d.top_token_bw for d in drawn])
-    steps = []
-    for t, token_b in enumerate(token_tb):
-        step = []
-        for i, slot in enumerate(slots):
-            logprob = None
-            if slot.logprobs is not None:
-                top = []
-                if slot.logprobs:
-                    pairs = zip(top_token_tbw[t][i], top_tbw[t][i], strict=True)
-                    top = list(pairs)[: slot.logprobs]
-                logprob = TokenLogprob(token_b[i], logprob_tb[t][i], top)
-            step.append(DrawnToken(token_b[i], logprob))
-        steps.append(step)
-    return steps

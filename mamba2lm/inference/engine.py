@@ -4,11 +4,12 @@ A prompt of any length is read through ``LanguageModel.forward`` in chunks; what
 state whose size does not depend on its length (attention apart). From there the running batch
 (``batch.py``) feeds one token a row and step. Between two steps at most ``prefill_chunk`` prompt
 tokens are read, in turns, so a long prompt delays neither the rows that decode nor the prompts
-behind it. Nothing is ever padded.
+behind it.
 
-On a CPU, where a prompt is cut into chunks depends on that prompt alone (and on what the state
-cache holds); a GPU, where a small pass takes as long as a larger one, reads prompts together. Rows
-of a batch do not touch each other; so what a request gets is what it would get alone.
+On a CPU nothing is padded, and where a prompt is cut into chunks depends on that prompt alone (and
+on what the state cache holds); a GPU, where a small pass takes as long as a larger one, reads
+prompts together. Rows of a batch do not touch each other; so what a request gets is what it would
+get alone.
 
 Axes: b batch row, l length, v vocabulary.
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mamba2lm.data.tokenizer import Tokenizer
-from mamba2lm.inference.batch import Batch, DrawnToken, Slot
+from mamba2lm.inference.batch import Batch, DrawnToken, Flight, Slot
 from mamba2lm.inference.decoding import Completion, Row, TokenLogprob
 from mamba2lm.inference.request import Event, Job, Request
 from mamba2lm.inference.sampling import MAX_LOGPROBS, SamplingConfig
@@ -42,6 +43,8 @@ DELIVERY_SECONDS = 0.01
 _CROWD = 4
 # Logits of this many prompt positions are held at once where their probabilities are asked for.
 _SCORED_CHUNK = 256
+# Rows from which on a GPU takes its next steps while the host looks at the last ones' tokens.
+_OVERLAPPED = 8
 
 
 @dataclass
@@ -114,10 +117,13 @@ class Engine:
         # Reading equal lengths together fills a GPU. A CPU gains nothing, and keeps its promise
         # that not a bit of a row depends on another.
         self._together = on_gpu
+        self._overlap = on_gpu
         self.batch = Batch(
             model, max_rows, recurrent_dtype=STATE_DTYPES[state_dtype], graphs=cuda_graphs
         )
         self._step_seconds = 0.0
+        self._heard_at = 0.0
+        self._flights: deque[Flight] = deque()
         self._passes = 0
         self._waiting: deque[Job] = deque()
         self._reading: deque[Job] = deque()
@@ -130,7 +136,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._reading or self.batch.slots)
+        return not (self._waiting or self._reading or self.batch.slots or self._flights)
 
     @property
     def waiting(self) -> int:
@@ -335,10 +341,15 @@ class Engine:
     def _next_group(self, budget: int) -> tuple[list[Job], int]:
         """Return which jobs read how many tokens next, within the budget if that is possible.
 
-        Jobs take turns. Where reading together pays, jobs with the same number of tokens to read
-        do; in a crowd all numbers are powers of two and the smallest go first, so that any number
-        of unequal prompts takes a few passes. Every fourth pass is the next one's in turn.
+        Jobs take turns. Where reading together pays, whole new prompts are read in one pass, behind
+        a stretch that is no part of them where they are unequal; then jobs with the same number of
+        tokens to read; in a crowd all numbers are powers of two and the smallest go first, so that
+        any number of unequal prompts takes a few passes. Every fourth pass is the next one's in
+        turn.
         """
+        whole, longest = self._whole_prompts(budget)
+        if len(whole) > 1:
+            return whole, longest
         crowd = self._together and len(self._reading) >= _CROWD
         head = self._reading[0]
         self._passes += 1
@@ -349,6 +360,27 @@ class Engine:
             return [head], length
         group = [job for job in self._reading if self._chunk(job, crowd) == length]
         return group[: max(budget // length, 1)], length
+
+    def _whole_prompts(self, budget: int) -> tuple[list[Job], int]:
+        """Return new prompts that one pass of rows as long as the longest may read to their ends.
+
+        At most half of such a pass is lost. An attention cache would keep what is lost.
+        """
+        group: list[Job] = []
+        longest = total = 0
+        if not self._together or self.batch.grows:
+            return group, longest
+        for job in self._reading:
+            length = len(job.request.prompt_ids)
+            new = job.position == 0 and job.read is None and job.cuts == [length]
+            if not new or job.request.prompt_logprobs:
+                continue
+            longer = max(longest, length)
+            padded = (len(group) + 1) * longer
+            if padded <= min(budget, 2 * (total + length)):
+                group.append(job)
+                longest, total = longer, total + length
+        return group, longest
 
     def _chunk(self, job: Job, crowd: bool) -> int:
         """Return how many tokens a job reads next; without a crowd its prompt alone decides."""
@@ -371,8 +403,9 @@ class Engine:
             # One of them may be at fault; the others must not suffer.
             return [job for alone in group for job in self._read_chunk([alone], length)]
         for job in group:
-            job.position += length
-            self.stats.prompt_tokens += length
+            read = min(length, len(job.request.prompt_ids) - job.position)
+            job.position += read
+            self.stats.prompt_tokens += read
             if job.request.state is None and job.position in job.cuts and self.cache.budget:
                 assert job.read is not None
                 ids = job.request.prompt_ids[: job.position]
@@ -383,15 +416,22 @@ class Engine:
     @torch.inference_mode()
     def _forward(self, group: list[Job], length: int) -> None:
         chunks = [job.request.prompt_ids[job.position : job.position + length] for job in group]
-        ids_bl = torch.tensor([list(chunk) for chunk in chunks], device=self.device)
+        # What is shorter ends with the others, behind a document that is forgotten where it begins.
+        missing = [length - len(chunk) for chunk in chunks]
+        rows = [[0] * n + list(chunk) for n, chunk in zip(missing, chunks, strict=True)]
+        ids_bl = torch.tensor(rows, device=self.device)
+        seq_idx_bl = None
+        if any(missing):
+            begins = torch.tensor(missing, device=self.device)
+            seq_idx_bl = (torch.arange(length, device=self.device) >= begins[:, None]).long()
         states = [job.read or self.model.new_state(1) for job in group]
         state = states[0] if len(group) == 1 else ModelState.concat(states)
         scored = any(job.request.prompt_logprobs for job in group)
-        output = self.model(ids_bl, state=state, last_only=not scored)
+        output = self.model(ids_bl, seq_idx=seq_idx_bl, state=state, last_only=not scored)
         assert output.logits is not None
         assert output.state is not None
         for i, job in enumerate(group):
-            last = job.position + length == len(job.request.prompt_ids)
+            last = job.position + len(chunks[i]) == len(job.request.prompt_ids)
             if job.request.prompt_logprobs:
                 self._score(job, output.logits[i], last)
             job.read = output.state if len(group) == 1 else output.state.rows([i])
@@ -437,6 +477,7 @@ class Engine:
                     Slot(
                         owner=(job, index),
                         tokens=before + len(request.prompt_ids),
+                        left=request.max_new_tokens,
                         sampling=request.sampling,
                         seed=seed,
                         seen=seen,
@@ -447,72 +488,111 @@ class Engine:
                 logits.append(job.logits_v)
         if slots:
             try:
-                first = self.batch.join(slots, states, torch.stack(logits))
+                self._flights.append(self.batch.join(slots, states, torch.stack(logits)))
             except Exception as error:
                 for job in {
                     id(owner): owner for owner, _ in (slot.owner for slot in slots)
                 }.values():
                     self._fail(job, error)
                 return
-            for job in jobs:
-                job.first_at = time.perf_counter()
-            start = len(self.batch) - len(slots)
-            self._push({start + i: [token] for i, token in enumerate(first)})
         for job in jobs:
             job.read = job.logits_v = None
 
     def _decode(self) -> None:
-        if not self.batch.slots:
-            return
-        count, began = self._stride(), time.perf_counter()
-        try:
-            self.batch.reserve(count)
-        except Exception as error:
-            # It is the longest row that caches of attention have to grow for.
-            longest = max(self.batch.slots, key=lambda slot: slot.tokens).owner[0]
-            self._leave({longest})
-            self._fail(longest, error)
-            return
-        try:
-            steps = self.batch.step(count)
-        except Exception as error:
-            self._fail_batch(error)
-            return
-        self._step_seconds = (time.perf_counter() - began) / count
-        self.stats.steps += count
-        self._push({i: [step[i] for step in steps] for i in range(len(self.batch))})
+        """Take some steps and hear what those before have drawn."""
+        overlapped = self._overlaps()
+        if overlapped:
+            self._retire()
+        else:
+            self._hear(0)
+        if self.batch.slots:
+            count = self._stride()
+            try:
+                self.batch.reserve(count)
+            except Exception as error:
+                # It is the longest row that caches of attention have to grow for.
+                longest = max(self.batch.slots, key=lambda slot: slot.tokens).owner[0]
+                self._leave({longest})
+                self._fail(longest, error)
+                return
+            try:
+                self._flights.append(self.batch.launch(count))
+            except Exception as error:
+                self._fail_batch(error)
+                return
+            self.stats.steps += count
+            if overlapped:
+                self._retire()
+        self._hear(1 if overlapped and self.batch.slots else 0)
+
+    def _retire(self) -> None:
+        """Take rows out that end with what is on its way, whatever it is."""
+        self.batch.leave([i for i, slot in enumerate(self.batch.slots) if slot.left <= 0])
+
+    def _overlaps(self) -> bool:
+        """Return whether steps go on before their tokens are known.
+
+        Rows that end by a token then take some more steps for nothing, which costs less than a GPU
+        that waits for the host. A state that is wanted must not have read so far.
+        """
+        slots = self.batch.slots
+        return (
+            self._overlap
+            and len(slots) >= _OVERLAPPED
+            and not any(slot.owner[0].request.keep_state for slot in slots)
+        )
 
     def _stride(self) -> int:
         """Return how many steps to take before looking at what they drew."""
         left, streamed = 1, False
         for slot in self.batch.slots:
-            job, index = slot.owner
+            job = slot.owner[0]
             if job.request.keep_state:
                 return 1  # a state is wanted as of the very token that ends a text
             streamed = streamed or job.request.stream
-            left = max(left, job.rows[index].left)
+            left = max(left, slot.left)
         count = min(self.sync_every, left)
         if streamed:
             count = min(count, max(int(DELIVERY_SECONDS / max(self._step_seconds, 1e-6)), 1))
         return count
 
-    def _push(self, drawn: dict[int, list[DrawnToken]]) -> None:
+    def _hear(self, keep: int) -> None:
+        """Take in what was drawn, all but the last ``keep`` flights."""
+        while len(self._flights) > keep:
+            flight = self._flights.popleft()
+            try:
+                steps = flight.tokens()
+            except Exception as error:
+                self._fail_batch(error, flight)
+                return
+            now = time.perf_counter()
+            self._step_seconds = (now - max(flight.began_at, self._heard_at)) / flight.steps
+            self._heard_at = now
+            self._push(flight, steps)
+
+    def _push(self, flight: Flight, steps: list[list[DrawnToken]]) -> None:
         """Hand tokens to the rows they belong to; rows that end leave the batch."""
-        leaving = []
+        places = {slot: i for i, slot in enumerate(self.batch.slots)}
+        leaving: list[int] = []
         failed: set[Job] = set()
-        for i, tokens in drawn.items():
-            job, index = self.batch.slots[i].owner
+        for column, slot in enumerate(flight.slots):
+            job, index = slot.owner
             row: Row = job.rows[index]
+            if job in failed or job.error is not None or row.finish_reason is not None:
+                continue  # drawn for nothing
+            if not row.token_ids:
+                job.first_at = max(job.first_at, self._heard_at)
             text, logprobs, count = "", [], len(row.token_ids)
-            for place, token in enumerate(tokens, start=1):
+            for place, step in enumerate(steps, start=1):
+                token = step[column]
                 if token.token_id < 0:
                     failed.add(job)
                     break
                 text += row.push(token.token_id, token.logprob)
                 if row.finish_reason is not None:
                     # A state that has read beyond the end is of no use.
-                    if place == len(tokens):
-                        self._keep_state(job, index, i)
+                    if place == len(steps) and not self._flights and slot in places:
+                        self._keep_state(job, index, places[slot])
                     break
             if job in failed:
                 continue
@@ -520,8 +600,8 @@ class Engine:
             self.stats.new_tokens += count
             if count and job.request.logprobs is not None:
                 logprobs = row.logprobs[-count:]
-            if row.finish_reason is not None:
-                leaving.append(i)
+            if row.finish_reason is not None and slot in places:
+                leaving.append(places[slot])
             self._tell(job, index, text, count, logprobs)
         self.batch.leave(leaving)
         self._leave(failed)
@@ -564,9 +644,18 @@ class Engine:
         if job.listener is not None:
             job.listener(Event(job, 0, "", 0, [], None))
 
-    def _fail_batch(self, error: Exception) -> None:
-        """End all jobs of the batch: after an error within a step their states are lost."""
-        jobs = dict.fromkeys(slot.owner[0] for slot in self.batch.slots)
+    def _fail_batch(self, error: Exception, *flights: Flight) -> None:
+        """End all jobs of the batch: after an error within a step their states are lost.
+
+        Args:
+            error: What happened.
+            flights: Taken in already, beside those still on their way.
+        """
+        slots = [*self.batch.slots]
+        for flight in (*flights, *self._flights):
+            slots += flight.slots
+        jobs = dict.fromkeys(slot.owner[0] for slot in slots)
+        self._flights.clear()
         self.batch.clear()
         for job in jobs:
             if not job.done:

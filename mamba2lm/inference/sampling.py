@@ -18,6 +18,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from mamba2lm.ops.draw.launch import draw_at_random, draw_greedily, unsupported
 from mamba2lm.schema import ConfigError
 
 MAX_LOGPROBS = 20
@@ -259,23 +260,17 @@ def draw(logits_bv: Tensor, rows: SamplingRows, features: Features) -> Drawn:
         rows: Settings of these rows; ``counts_bv`` and the number of tokens drawn are advanced.
         features: What to compute; at least what the rows need.
     """
-    best_b = logits_bv.amax(dim=-1)
     scores_bv = penalised(logits_bv, rows) if features.penalties else logits_bv
-    token_b = scores_bv.argmax(dim=-1)
-    if not features.greedy:
-        cumulative_bv = probabilities(scores_bv, rows, features).cumsum(dim=-1)
-        total_b1 = cumulative_bv[:, -1:].contiguous()
-        integers_bk = rows.integers_bk
-        uniform_b1 = uniform(integers_bk[:, _SEED], integers_bk[:, _DRAWN])[:, None]
-        drawn_b1 = torch.searchsorted(cumulative_bv, uniform_b1 * total_b1, right=True)
-        # Where the product rounds up to the total: the last token of any probability.
-        last_b1 = torch.searchsorted(cumulative_bv, total_b1)
-        # Only a row that is not in use can lie beyond the last token.
-        drawn_b = torch.minimum(drawn_b1, last_b1)[:, 0].clamp(max=logits_bv.shape[1] - 1)
-        token_b = torch.where(rows.numbers_bk[:, _TEMPERATURE] == 0, token_b, drawn_b)
-    token_b = torch.where(best_b.isfinite(), token_b, -1)
+    if features.typical or not logits_bv.is_cuda or unsupported(logits_bv) is not None:
+        token_b = _draw(scores_bv, rows, features)
+        rows.integers_bk[:, _DRAWN] += 1
+    elif features.greedy:
+        token_b = draw_greedily(scores_bv, rows.integers_bk[:, _DRAWN])
+    else:
+        token_b = _draw_by_kernel(scores_bv, rows, features)
+    if not features.penalties and features.logprobs < 0:
+        return Drawn(token_b, None, None, None)
     chosen_b1 = token_b.clamp(min=0)[:, None]
-    rows.integers_bk[:, _DRAWN] += 1
     if features.penalties:
         assert rows.counts_bv is not None
         rows.counts_bv.scatter_add_(1, chosen_b1, torch.ones_like(chosen_b1, dtype=torch.int32))
@@ -287,6 +282,38 @@ def draw(logits_bv: Tensor, rows: SamplingRows, features: Features) -> Drawn:
         return Drawn(token_b, logprob_b, None, None)
     top_bw, top_token_bw = logits_bv.topk(features.logprobs, dim=-1)
     return Drawn(token_b, logprob_b, top_bw - total_b1, top_token_bw)
+
+
+def _draw(scores_bv: Tensor, rows: SamplingRows, features: Features) -> Tensor:
+    """Return a token a row, −1 where the scores are not finite."""
+    token_b = scores_bv.argmax(dim=-1)
+    if not features.greedy:
+        cumulative_bv = probabilities(scores_bv, rows, features).cumsum(dim=-1)
+        total_b1 = cumulative_bv[:, -1:].contiguous()
+        integers_bk = rows.integers_bk
+        uniform_b1 = uniform(integers_bk[:, _SEED], integers_bk[:, _DRAWN])[:, None]
+        drawn_b1 = torch.searchsorted(cumulative_bv, uniform_b1 * total_b1, right=True)
+        # Where the product rounds up to the total: the last token of any probability.
+        last_b1 = torch.searchsorted(cumulative_bv, total_b1)
+        # Only a row that is not in use can lie beyond the last token.
+        drawn_b = torch.minimum(drawn_b1, last_b1)[:, 0].clamp(max=scores_bv.shape[1] - 1)
+        token_b = torch.where(rows.numbers_bk[:, _TEMPERATURE] == 0, token_b, drawn_b)
+    return torch.where(scores_bv.amax(dim=-1).isfinite(), token_b, -1)
+
+
+def _draw_by_kernel(scores_bv: Tensor, rows: SamplingRows, features: Features) -> Tensor:
+    """Do the same in float32 in one kernel, and count the draw."""
+    integers_bk, numbers_bk = rows.integers_bk, rows.numbers_bk
+    return draw_at_random(
+        scores_bv,
+        seed_b=integers_bk[:, _SEED],
+        drawn_b=integers_bk[:, _DRAWN],
+        top_k_b=integers_bk[:, _TOP_K],
+        temperature_b=numbers_bk[:, _TEMPERATURE],
+        top_p_b=numbers_bk[:, _TOP_P],
+        min_p_b=numbers_bk[:, _MIN_P],
+        limited=features.width > 0,
+    )
 
 
 def penalised(logits_bv: Tensor, rows: SamplingRows) -> Tensor:

@@ -1,8 +1,8 @@
 """The thread that runs the engine, and the way to it from an event loop.
 
 The engine knows no threads: whatever is asked of it is queued here and done between two of its
-steps. What it has to say goes back in one call per step, not one per row, so that a loop serving
-many streams is woken once for all of them.
+steps. What it has to say goes back in one call for all rows, and the more rows the less often, so
+that a loop serving many streams is woken once for all of them and has time for each.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from mamba2lm.schema import ConfigError
 log = logging.getLogger(__name__)
 
 _EVICTED_REMEMBERED = 10_000
+# Between two deliveries, for each running row: the event loop writes them all in less, and leaves
+# the interpreter to the engine's thread for most of the time.
+_PIECE_SECONDS = 3e-4
 
 
 class BusyError(Exception):
@@ -113,7 +116,8 @@ class Worker:
         self._stopping = False
         self._queued = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._out: list[tuple[Ticket, Piece]] = []
+        self._out: dict[tuple[Ticket, int], Piece] = {}
+        self._delivered_at = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -219,7 +223,9 @@ class Worker:
                 command()
             if not self.engine.idle:
                 self.engine.advance()
-            self._flush()
+            pause = len(self.engine.batch) * _PIECE_SECONDS
+            due = self.engine.idle or time.perf_counter() - self._delivered_at >= pause
+            self._flush(only_ends=not due)
 
     def _begin(self, ticket: Ticket, request: Request | Turn) -> None:
         with self._wake:
@@ -268,7 +274,8 @@ class Worker:
             self._settle(ticket, event.job)
 
     def _say(self, ticket: Ticket, piece: Piece) -> None:
-        self._out.append((ticket, piece))
+        before = self._out.get((ticket, piece.row))
+        self._out[ticket, piece.row] = piece if before is None else before.followed_by(piece)
 
     def _settle(self, ticket: Ticket, job: Job) -> None:
         name = self._tickets.pop(ticket, None)
@@ -293,12 +300,22 @@ class Worker:
         if ticket.job is not None and ticket in self._tickets:
             self.engine.cancel(ticket.job)
 
-    def _flush(self) -> None:
-        out, self._out = self._out, []
+    def _flush(self, *, only_ends: bool = False) -> None:
+        """Deliver what there is, or only what ends: its client may have more to ask."""
+        out, self._out = self._out, {}
+        if only_ends:
+            self._out = {
+                key: piece
+                for key, piece in out.items()
+                if piece.finish_reason is None and piece.error is None
+            }
+            out = {key: piece for key, piece in out.items() if key not in self._out}
+        else:
+            self._delivered_at = time.perf_counter()
         if out and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(_deliver, out)
 
 
-def _deliver(out: list[tuple[Ticket, Piece]]) -> None:
-    for ticket, piece in out:
+def _deliver(out: dict[tuple[Ticket, int], Piece]) -> None:
+    for (ticket, _), piece in out.items():
         ticket.pieces.put_nowait(piece)

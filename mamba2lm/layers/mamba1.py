@@ -9,6 +9,7 @@ diagonal A of N values.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -243,31 +244,53 @@ class Mamba1(Mixer):
         return self.out_proj(y_bli)
 
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
-        x_bi, z_bi = self.in_proj(x_bd).chunk(2, dim=-1)
-        x_bi, conv_state = ops.causal_conv1d_update(
-            x_bi, state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu"
+        return self._step(x_bd, state), state
+
+    def step_block(self, x_bd: Tensor, norm: RMSNorm, state: State) -> tuple[Tensor, State]:
+        return self._step(x_bd, state, norm, residual_bd=x_bd), state
+
+    def _step(
+        self,
+        x_bd: Tensor,
+        state: State,
+        norm: RMSNorm | None = None,
+        residual_bd: Tensor | None = None,
+    ) -> Tensor:
+        """Run one token: five kernels on a GPU for few rows."""
+        xz_bi = ops.linear_step(
+            x_bd,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            norm=None if norm is None else ops.Norm(norm.weight, norm.eps),
+            convolution=ops.Convolution(
+                state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias
+            ),
         )
-        dt_bi, B_bn, C_bn = self._select(x_bi)
-        y_bi, ssm_state = ops.selective_state_update(
+        x_bi, z_bi = xz_bi.chunk(2, dim=-1)
+        dt_bi, B_bn, C_bn = self._select(x_bi, ops.linear_step)
+        y_bi, _ = ops.selective_state_update(
             state["ssm"],
             x_bi,
             dt_bi,
-            -torch.exp(self.A_log),
+            self.A_log,
             B_bn,
             C_bn,
             D=self.D,
             z=z_bi,
             dt_bias=self.dt_proj.bias,
             dt_softplus=True,
+            A_is_log=True,
+            in_place=True,
+            early=True,  # a projection comes before
         )
-        state["conv"].copy_(conv_state)
-        state["ssm"].copy_(ssm_state)
-        return self.out_proj(y_bi), state
+        return ops.linear_step(y_bi, self.out_proj.weight, self.out_proj.bias, residual=residual_bd)
 
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(
+        self, x: Tensor, linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Make Δ (…, i; before bias and softplus), B (…, n) and C (…, n) from x (…, i)."""
         n = self.config.d_state
-        selected = self.x_proj(x)
+        selected = linear(x, self.x_proj.weight)
         if self.tensor is not None:
             selected = self.tensor.sum(selected)
         dt_r, B, C = selected.split([self.dt_rank, n, n], dim=-1)
@@ -278,7 +301,7 @@ class Mamba1(Mixer):
             # In the activations' dtype: under autocast the norms' weights are float32.
             dt_r = self.dt_layernorm(dt_r).to(dt_r.dtype)
             B, C = self.b_layernorm(B).to(B.dtype), self.c_layernorm(C).to(C.dtype)
-        return F.linear(dt_r, self.dt_proj.weight), B, C
+        return linear(dt_r, self.dt_proj.weight), B, C
 
     def new_state(
         self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None

@@ -28,7 +28,7 @@ from mamba2lm.layers.mixer import (
     register,
     require,
 )
-from mamba2lm.layers.norm import GatedRMSNorm, compute_dtype
+from mamba2lm.layers.norm import GatedRMSNorm, RMSNorm, compute_dtype
 from mamba2lm.layers.state import State
 from mamba2lm.ops.discretisation import step_sizes
 from mamba2lm.ops.dispatch import note_taken
@@ -296,30 +296,61 @@ class Mamba2(Mixer):
         return self.out_proj(self.norm(y_blhp.reshape(batch, length, self.d_inner), z_bli))
 
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
-        batch = x_bd.shape[0]
-        z_bi, xBC_bc, dt_bh = self._project(x_bd)
-        xBC_bc, conv_state = ops.causal_conv1d_update(
-            xBC_bc, state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias,
-            activation="silu",
-        )  # fmt: skip
-        x_bi, B_bn, C_bn = xBC_bc.split([self.d_inner, self.d_groups, self.d_groups], dim=-1)
-        groups = (batch, self.n_groups, self.config.d_state)
-        y_bhp, ssm_state = ops.ssd_state_update(
+        return self._step(x_bd, state), state
+
+    def step_block(self, x_bd: Tensor, norm: RMSNorm, state: State) -> tuple[Tensor, State]:
+        return self._step(x_bd, state, norm, residual_bd=x_bd), state
+
+    def _step(
+        self,
+        x_bd: Tensor,
+        state: State,
+        norm: RMSNorm | None = None,
+        residual_bd: Tensor | None = None,
+    ) -> Tensor:
+        """Run one token: three kernels on a GPU for few rows."""
+        config = self.config
+        zxBCdt = ops.linear_step(
+            x_bd,
+            self.in_proj.weight,
+            self.in_proj.bias,
+            norm=None if norm is None else ops.Norm(norm.weight, norm.eps),
+            convolution=ops.Convolution(
+                state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias, start=self.d_inner
+            ),
+        )
+        sizes = [self.d_inner, self.d_inner, self.d_groups, self.d_groups, self.n_heads]
+        # Behind it may be padding, under tensor parallelism.
+        z_bi, x_bi, B_bn, C_bn, dt_bh = zxBCdt[..., : sum(sizes)].split(sizes, dim=-1)
+        y_bhp, _ = ops.ssd_state_update(
             state["ssm"],
-            x_bi.view(batch, self.n_heads, self.config.headdim),
+            x_bi.unflatten(1, (self.n_heads, config.headdim)),
             dt_bh,
-            -torch.exp(self.A_log),
-            B_bn.view(groups),
-            C_bn.view(groups),
+            self.A_log,
+            B_bn.unflatten(1, (self.n_groups, config.d_state)),
+            C_bn.unflatten(1, (self.n_groups, config.d_state)),
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,
             dt_limit=self.dt_limit,
+            A_is_log=True,
+            in_place=True,
+            early=True,  # a projection comes before
         )
-        out_bd = self.out_proj(self.norm(y_bhp.reshape(batch, self.d_inner), z_bi))
-        state["conv"].copy_(conv_state)
-        state["ssm"].copy_(ssm_state)
-        return out_bd, state
+        y_bi = y_bhp.flatten(1)
+        gate_norm = None
+        if self.norm.shared:
+            y_bi = self.norm(y_bi, z_bi)
+        else:
+            gate_norm = ops.Norm(self.norm.weight, self.norm.eps, self.norm.group_size)
+        return ops.linear_step(
+            y_bi,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            norm=gate_norm,
+            gate=None if gate_norm is None else z_bi,
+            residual=residual_bd,
+        )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return z (…, i), x|B|C (…, c) and Δ before bias and softplus (…, h)."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mamba2lm.distributed import Plan, TensorGroup
 from mamba2lm.distributed.context import Passage
+from mamba2lm.layers.norm import RMSNorm
 from mamba2lm.layers.state import State
 from mamba2lm.schema import ConfigError, closest
 
@@ -117,6 +118,19 @@ class Mixer(nn.Module, ABC):
         Returns:
             Output (batch, d_model) and the state after it.
         """
+
+    def step_block(self, x_bd: Tensor, norm: RMSNorm, state: State) -> tuple[Tensor, State]:
+        """Run one token through the whole residual sub-layer, ``x + step(norm(x))``.
+
+        A mixer may do so in fewer passes than one for each part.
+
+        Args:
+            x_bd: The residual stream, (batch, d_model).
+            norm: The sub-layer's.
+            state: As for ``step``.
+        """
+        y_bd, state = self.step(norm(x_bd), state)
+        return x_bd + y_bd, state
 
     @abstractmethod
     def new_state(

@@ -22,7 +22,7 @@ from mamba2lm.distributed.context import Passage
 from mamba2lm.layers import Mixer, RMSNorm, State, mixer_class
 from mamba2lm.models.config import ModelConfig
 from mamba2lm.models.state import ModelState
-from mamba2lm.ops import linear_cross_entropy
+from mamba2lm.ops import Norm, linear_cross_entropy, linear_step
 
 
 class LanguageModelOutput(NamedTuple):
@@ -87,8 +87,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State]:
         """Do the same for one token."""
         if tensor is None:
-            y_bd, state = self.mixer.step(self.norm(x_bd), state)
-            return x_bd + y_bd, state
+            return self.mixer.step_block(x_bd, self.norm, state)
         assert self.weights is not None
         stored = self.weights.begin(tensor)
         try:
@@ -238,7 +237,15 @@ class LanguageModel(nn.Module):
             x_bd = self._embed(ids_b, tensor)
             for i, block in enumerate(self.blocks):
                 x_bd, state.layers[i] = block.step(x_bd, state.layers[i], tensor)
-            return self._logits(self._last_hidden(x_bd, None, tensor), tensor), state
+            if tensor is not None:
+                return self._logits(self._last_hidden(x_bd, None, tensor), tensor), state
+            logits_bv = linear_step(
+                x_bd,
+                self._head_weight,
+                norm=Norm(self.norm_f.weight, self.norm_f.eps),
+                out_dtype=torch.promote_types(self._head_weight.dtype, torch.float32),
+            )
+            return logits_bv[:, : self.vocab_size], state
 
     def new_state(
         self,

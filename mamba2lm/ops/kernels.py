@@ -44,6 +44,37 @@ def compute_capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
+_chain: bool | None = None
+
+
+def override_chain(chain: bool | None) -> None:
+    """Let kernels of a step begin before the previous one ends, or not; None undoes it."""
+    global _chain
+    _chain = chain
+
+
+def chains(device: torch.device) -> bool:
+    """Return whether kernels of a step begin before the previous one on the stream has ended.
+
+    Programmatic dependent launch, which NVIDIA's GPUs have from compute capability 9 on.
+    """
+    able = compute_capability(device) >= 9
+    return able if _chain is None else able and _chain
+
+
+def needs_gradients(*tensors: Tensor | None) -> str | None:
+    """Say why a kernel without a gradient cannot be used, or None when it can.
+
+    Args:
+        tensors: Its inputs.
+    """
+    if torch.is_autocast_enabled(next(t.device.type for t in tensors if t is not None)):
+        return "autocast is on, and the kernel takes weights as they are"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "the kernel has no gradient; run it under torch.no_grad()"
+    return None
+
+
 def signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """Return all that a compiled kernel may depend on in a tensor that it is given."""
     if tensor is None:
@@ -82,6 +113,7 @@ class Launches:
         warps: int,
         stages: int = 1,
         registers: int | None = None,
+        chain: bool = False,
         variant: str = "",
         **constants: Any,
     ) -> None:
@@ -94,6 +126,8 @@ class Launches:
             warps: Warps per program.
             stages: Depth of software pipelining.
             registers: The most that a thread may use; None leaves it to the compiler.
+            chain: Whether the kernel may begin before the previous one on the stream has ended; it
+                then waits itself before it reads or writes what another kernel of a step writes.
             variant: Tells launches of one kernel apart that differ in their constants.
             constants: All ``constexpr`` arguments, in the order of their declaration.
         """
@@ -103,9 +137,11 @@ class Launches:
             compiled[grid](*arguments, *constants.values())
             return
         assert list(constants) == kernel.arg_names[len(arguments) :], (name, list(constants))
-        limit = {} if registers is None else {"maxnreg": registers}
+        options: dict[str, Any] = {} if registers is None else {"maxnreg": registers}
+        if chain:
+            options["launch_pdl"] = True
         compiled = kernel[grid](
-            *arguments, **constants, num_warps=warps, num_stages=stages, **limit
+            *arguments, **constants, num_warps=warps, num_stages=stages, **options
         )
         if not INTERPRETED:
             self.compiled[name] = compiled

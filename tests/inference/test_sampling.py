@@ -20,12 +20,16 @@ from mamba2lm.inference.sampling import (
     Drawn,
     Features,
     SamplingRows,
+    _draw,
+    _draw_by_kernel,
     draw,
     penalised,
     probabilities,
     uniform,
 )
+from mamba2lm.ops import kernels
 from mamba2lm.schema import ConfigError
+from tests.ops.kernel_runs import DEVICE, run_in_interpreter, runs_kernels
 
 # Probabilities 0.5, 0.25, 0.15, 0.1 in an order that is not sorted.
 PROBABILITIES = [0.15, 0.5, 0.1, 0.25]
@@ -287,3 +291,30 @@ def test_values_out_of_range_are_named(field: str, value: object) -> None:
     config = SamplingConfig(**{field: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=rf"^sampling\.{field}="):
         config.validate()
+
+
+@runs_kernels
+def test_draws_of_the_kernel_match_the_reference() -> None:
+    configs = [config for config in SETTINGS if config.typical_p == 1]
+    configs += [SamplingConfig(temperature=1e-30), SamplingConfig(temperature=1.0, top_p=1e-5)]
+    rows = SamplingRows.new(len(configs), DEVICE)
+    for i, config in enumerate(configs):
+        rows.put(i, config, -7919 * i, ())
+    features = Features.of(configs, [None], 600)
+    torch.manual_seed(0)
+    for _ in range(1 if kernels.INTERPRETED else 200):
+        scores = (3 * torch.randn(len(configs), 700)).to(DEVICE)[:, :600]
+        scores[4, 17] = math.nan
+        expected = _draw(scores, rows, features)
+        assert expected[4] == -1
+        before = rows.integers_bk[:, 1].clone()
+        found = _draw_by_kernel(scores, rows, features)
+        assert torch.equal(found, expected)
+        assert torch.equal(rows.integers_bk[:, 1], before + 1)
+
+
+@pytest.mark.skipif(
+    kernels.INTERPRETED or torch.cuda.is_available(), reason="the same test runs directly"
+)
+def test_draws_in_the_interpreter() -> None:
+    run_in_interpreter(__file__, "kernel_match", passed=1)

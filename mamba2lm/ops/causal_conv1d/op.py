@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mamba2lm.ops.causal_conv1d.cpu import causal_conv1d_cpu
 from mamba2lm.ops.causal_conv1d.launch import causal_conv1d_triton, unsupported
+from mamba2lm.ops.causal_conv1d.launch_step import convolve_step, step_unsupported
 from mamba2lm.ops.causal_conv1d.reference import causal_conv1d_taps, last_inputs
 from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape
 from mamba2lm.ops.documents import document_ordinals
@@ -123,6 +124,8 @@ def causal_conv1d_update(
     bias: Tensor | None = None,
     *,
     activation: Literal["silu"] | None = None,
+    in_place: bool = False,
+    out: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Convolve one new token with the inputs before it.
@@ -133,27 +136,37 @@ def causal_conv1d_update(
         weight: Taps, oldest first, (d, w).
         bias: Bias, (d,), or None.
         activation: ``"silu"`` or None.
+        in_place: Overwrite ``state``, which is then what is returned.
+        out: Where to write y, (b, d); may be ``x`` itself. None allocates it.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        y (b, d) in the dtype of x and the new state (b, w-1, d) in the dtype of ``state``. The
-        state passed in is left as it was.
+        y (b, d) in the dtype of x and the new state (b, w-1, d) in the dtype of ``state``, which
+        is left as it was unless ``in_place``.
 
     Raises:
         ValueError: A tensor of the wrong shape, an unknown activation or implementation.
     """
-    choose_impl("causal_conv1d_update", impl, x)
     sizes: dict[str, int] = {}
     expect_shape("x", x, "b d", sizes)
     _check_filter(weight, bias, activation, sizes)
     expect_shape("state", state, "b w-1 d", sizes)
+    if out is not None:
+        expect_shape("out", out, "b d", sizes)
+    reason = step_unsupported(x, state, weight, bias)
+    if choose_impl("causal_conv1d_update", impl, x, unsupported=reason) == "triton":
+        return convolve_step(x, state, weight, bias, activation == "silu", in_place, out)
     window_bwd = torch.cat([state.to(x.dtype), x.unsqueeze(1)], dim=1)
     y_bd = (window_bwd * weight.to(x.dtype).t()).sum(dim=1)
     if bias is not None:
         y_bd = y_bd + bias.to(x.dtype)
     if activation == "silu":
         y_bd = F.silu(y_bd)
-    return y_bd, window_bwd[:, 1:].to(state.dtype)
+    new_bwd = window_bwd[:, 1:]
+    return (
+        y_bd if out is None else out.copy_(y_bd),
+        state.copy_(new_bwd) if in_place else new_bwd.to(state.dtype),
+    )
 
 
 def _check_filter(

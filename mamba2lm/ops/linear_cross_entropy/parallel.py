@@ -107,7 +107,7 @@ class _ParallelLinearCrossEntropy(torch.autograd.Function):
             torch.mm(dlogits_sv, head_vd, out=dhidden_td[start : start + step])
             dweight_vd += dlogits_sv.t() @ hidden_sd
         ctx.weight_dtype = weight_vd.dtype
-        if learns:
+        if dweight_vd is not None:
             ctx.save_for_backward(dhidden_td, dweight_vd[:v])
         loss_t = torch.cat(losses)
         ctx.mark_non_differentiable(loss_t)

@@ -164,6 +164,16 @@ def unsupported(x: Tensor, B: Tensor) -> str | None:
     return None
 
 
+def slower(x: Tensor, B: Tensor) -> bool:
+    """Say whether the kernels take longer than PyTorch: large states in true float32.
+
+    Args:
+        x: Inputs, (b, l, h, p).
+        B: Input maps, (b, l, g, n).
+    """
+    return x.dtype == torch.float32 and x.shape[3] * B.shape[3] >= LARGEST_FLOAT_STATE
+
+
 def heads_per_program(heads_per_group: int, rows: int, programs: int) -> int:
     """Return the largest divisor of the heads of a group that leaves enough programs.
 

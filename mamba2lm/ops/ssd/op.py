@@ -15,7 +15,7 @@ from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.skip_and_gate import skip_and_gate
 from mamba2lm.ops.ssd.cpu import ssd_chunked_cpu
-from mamba2lm.ops.ssd.launch import ssd_triton, unsupported
+from mamba2lm.ops.ssd.launch import slower, ssd_triton, unsupported
 from mamba2lm.ops.ssd.reference import ssd_chunked
 
 
@@ -98,7 +98,8 @@ def ssd(
         return_final_states: Whether to return the state after the last position too.
         chunk_size: Positions per chunk of the chunked algorithm; changes speed, not the result.
             The Triton kernels choose their own.
-        impl: ``"auto"`` (the kernels on a GPU where they apply), ``"triton"`` or ``"reference"``.
+        impl: ``"auto"`` (on a GPU the kernels where they apply and are faster), ``"triton"`` or
+            ``"reference"``.
 
     Returns:
         y (b, l, h, p) in the dtype of x; with ``return_final_states`` also the final states
@@ -135,7 +136,10 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
 
-    chosen = choose_impl("ssd", impl, x, cpu=True, unsupported=unsupported(x, B))
+    reason = unsupported(x, B)
+    if reason is None and impl == "auto" and slower(x, B):
+        reason = "PyTorch is faster"
+    chosen = choose_impl("ssd", impl, x, cpu=True, unsupported=reason)
     if chosen == "triton":
         skip_outside = D is not None and D.ndim == 2
         with torch.autocast(x.device.type, enabled=False):

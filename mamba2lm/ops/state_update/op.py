@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mamba2lm.ops.discretisation import NO_LIMIT, step_sizes
+from mamba2lm.ops.discretisation import NO_LIMIT, check_limit, step_sizes
 from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
 from mamba2lm.ops.skip_and_gate import skip_and_gate
+from mamba2lm.ops.state_update.launch import state_step_triton, unsupported
 from mamba2lm.ops.state_update.reference import selective_step, ssd_step
 
 
@@ -27,6 +28,9 @@ def ssd_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
+    A_is_log: bool = False,
+    in_place: bool = False,
+    early: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Advance the SSD recurrence of Mamba-2 by one token.
@@ -43,18 +47,21 @@ def ssd_state_update(
         dt_bias: Bias of the step size, (h,).
         dt_softplus: Whether softplus is applied to dt + dt_bias.
         dt_limit: Smallest and largest step size Δ, honoured here as in ``ssd``.
+        A_is_log: Whether ``A`` holds log(−A), as layers keep it.
+        in_place: Overwrite ``state``, which is then what is returned.
+        early: A promise that the kernel before on a GPU's stream does not write ``state``, which
+            then may be read while that one ends.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        y (b, h, p) in the dtype of x and the new state (b, h, p, n) in the dtype of ``state``.
-        The state passed in is left as it was.
+        y (b, h, p) in the dtype of x and the new state (b, h, p, n) in the dtype of ``state``,
+        which is left as it was unless ``in_place``.
 
     Raises:
         ValueError: A tensor of the wrong shape, or an implementation that does not exist.
 
     Source: Dao & Gu 2024 (arXiv:2405.21060), equation 1.
     """
-    choose_impl("ssd_state_update", impl, x)
     sizes: dict[str, int] = {}
     expect_shape("x", x, "b h p", sizes)
     expect_shape("dt", dt, "b h", sizes)
@@ -72,15 +79,22 @@ def ssd_state_update(
         raise ValueError(
             f"B has {sizes['g']} groups (axis 1), which do not divide the {sizes['h']} heads of x."
         )
+    reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias)
+    if choose_impl("ssd_state_update", impl, x, unsupported=reason) == "triton":
+        check_limit(dt_limit)
+        return state_step_triton(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
+        )  # fmt: skip
     dtype = state_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
+        A = -torch.exp(A) if A_is_log else A
         delta_bh = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
         y_bhp, new_bhpn = ssd_step(
             state.to(dtype), x.to(dtype), delta_bh.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
         )
         skip = None if D is None else D.unsqueeze(-1) if D.ndim == 1 else D
         y_bhp = skip_and_gate(y_bhp.to(x.dtype), x, skip, z)
-    return y_bhp, new_bhpn.to(state.dtype)
+    return y_bhp, _kept(new_bhpn, state, in_place)
 
 
 def selective_state_update(
@@ -96,6 +110,9 @@ def selective_state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
+    A_is_log: bool = False,
+    in_place: bool = False,
+    early: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Advance the selective recurrence of Mamba-1 by one token.
@@ -112,18 +129,21 @@ def selective_state_update(
         dt_bias: Bias of the step size, (d,).
         dt_softplus: Whether softplus is applied to dt + dt_bias.
         dt_limit: Smallest and largest step size Δ, honoured here as in ``selective_scan``.
+        A_is_log: Whether ``A`` holds log(−A), as layers keep it.
+        in_place: Overwrite ``state``, which is then what is returned.
+        early: A promise that the kernel before on a GPU's stream does not write ``state``, which
+            then may be read while that one ends.
         impl: ``"auto"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        y (b, d) in the dtype of x and the new state (b, d, n) in the dtype of ``state``. The
-        state passed in is left as it was.
+        y (b, d) in the dtype of x and the new state (b, d, n) in the dtype of ``state``, which
+        is left as it was unless ``in_place``.
 
     Raises:
         ValueError: A tensor of the wrong shape, or an implementation that does not exist.
 
     Source: Gu & Dao 2023 (arXiv:2312.00752), equation 2a.
     """
-    choose_impl("selective_state_update", impl, x)
     sizes: dict[str, int] = {}
     expect_shape("x", x, "b d", sizes)
     expect_shape("dt", dt, "b d", sizes)
@@ -137,11 +157,22 @@ def selective_state_update(
         expect_shape("z", z, "b d", sizes)
     if dt_bias is not None:
         expect_shape("dt_bias", dt_bias, "d", sizes)
+    reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias)
+    if choose_impl("selective_state_update", impl, x, unsupported=reason) == "triton":
+        check_limit(dt_limit)
+        return state_step_triton(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
+        )  # fmt: skip
     dtype = state_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
+        A = -torch.exp(A) if A_is_log else A
         delta_bd = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
         y_bd, new_bdn = selective_step(
             state.to(dtype), x.to(dtype), delta_bd.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)
         )
         y_bd = skip_and_gate(y_bd.to(x.dtype), x, D, z)
-    return y_bd, new_bdn.to(state.dtype)
+    return y_bd, _kept(new_bdn, state, in_place)
+
+
+def _kept(new: Tensor, state: Tensor, in_place: bool) -> Tensor:
+    return state.copy_(new) if in_place else new.to(state.dtype)

@@ -1,0 +1,1 @@
+"""One token a row from its logits, in one kernel."""

@@ -1,0 +1,391 @@
+"""The Triton kernels of one token: on a GPU as they are, on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mamba2lm import ops
+from mamba2lm.ops import Convolution, Norm, kernels
+from mamba2lm.ops.draw.launch import draw_greedily
+from mamba2lm.ops.linear_step import launch as linear_launch
+from mamba2lm.ops.state_update import launch as state_launch
+
+from .kernel_runs import (
+    DEVICE,
+    FLOAT_LIMIT,
+    TARGETS,
+    compile_kernel,
+    poison,
+    run_in_interpreter,
+    runs_kernels,
+)
+from .tolerances import NAIVE_ERROR_RATIO, relative_error
+
+pytest.importorskip("triton")
+
+VECTOR = linear_launch.Blocks(n=4, k=16, warps=1, ahead=2)
+ROWS = linear_launch.Blocks(n=16, k=32, warps=1, rows=16)
+
+
+@pytest.fixture(autouse=True)
+def tuned_again() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+    linear_launch.override_blocks(None)
+    state_launch.override_blocks(None)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape) + seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def linear_inputs(rows: int, k: int, n: int, parts: str) -> dict[str, Any]:
+    """Draw float32 inputs; the gate is a slice of a wider tensor, as a layer's is."""
+    drawn: dict[str, Any] = {"x": randn(rows, k), "weight": randn(n, k) * k**-0.5}
+    if "bias" in parts:
+        drawn["bias"] = randn(n)
+    if "norm" in parts:
+        drawn["norm"] = Norm(randn(k), 1e-3)
+    if "gate" in parts:
+        groups = 2 if "groups" in parts else 1
+        drawn["norm"] = Norm(randn(k), 1e-3, k // groups)
+        drawn["gate"] = randn(rows, 2 * k + 8)[:, 8 : 8 + k]
+    if "taps" in parts:
+        w, c = (2, n - 3) if "two" in parts else (4, n - 7)
+        # One row more than there are: a batch's buffer is as wide as its longest queue.
+        state = randn(rows + 1, w - 1, c)
+        drawn["convolution"] = Convolution(state, randn(c, w), randn(c), start=3)
+    if "residual" in parts:
+        drawn["residual"] = randn(rows, n)
+    return drawn
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Return copies in a dtype of all tensors in named tuples, and of tensors."""
+    if isinstance(value, Tensor):
+        return value.to(dtype, copy=True)
+    if isinstance(value, tuple):
+        return type(value)(*(cast(v, dtype) for v in value))
+    return value
+
+
+def run_linear(
+    inputs: dict[str, Any], dtype: torch.dtype, impl: Any, wide: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    given = {name: cast(value, dtype) for name, value in inputs.items()}
+    if "residual" in given and wide is not None:
+        given["residual"] = cast(inputs["residual"], wide)
+    convolution: Convolution | None = given.get("convolution")
+    kept = torch.empty(0) if convolution is None else convolution.state
+    if convolution is not None:
+        given["convolution"] = convolution._replace(state=kept[:-1])
+    found = {"y": ops.linear_step(**given, impl=impl)}
+    if convolution is not None:
+        assert torch.equal(kept[-1], inputs["convolution"].state[-1].to(dtype))
+        found["state"] = kept[:-1]
+    return found
+
+
+PARTS = ("", "bias residual", "norm taps", "gate groups residual", "norm bias two taps residual")
+
+
+@runs_kernels
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(
+    ("blocks", "rows", "k", "n"),
+    [(VECTOR, 1, 40, 19), (ROWS, 5, 40, 19), (replace(ROWS, folded=False), 17, 64, 33)],
+)
+def test_linear_matches_the_reference(
+    blocks: linear_launch.Blocks, rows: int, k: int, n: int, parts: str
+) -> None:
+    linear_launch.override_blocks(blocks)
+    inputs = linear_inputs(rows, k, n, parts)
+    exact = run_linear(inputs, torch.float64, "reference")
+    poison()
+    found = run_linear(inputs, torch.float32, "triton")
+    for name, value in exact.items():
+        assert found[name].dtype == torch.float32
+        assert relative_error(found[name], value) <= FLOAT_LIMIT, name
+
+
+@runs_kernels
+@pytest.mark.parametrize(("w", "bias", "activation"), [(4, True, "silu"), (1, False, None)])
+def test_convolution_matches_the_reference(w: int, bias: bool, activation: Any) -> None:
+    x, state = randn(3, 80)[:, 3:75], randn(3, w - 1, 72)
+    weight, b = randn(72, w), randn(72) if bias else None
+    options: dict[str, Any] = {"activation": activation}
+    y, new = ops.causal_conv1d_update(
+        x.double(), state.double(), weight.double(), None if b is None else b.double(), **options
+    )
+    before = state.clone()
+    found, kept = ops.causal_conv1d_update(x, state, weight, b, impl="triton", **options)
+    assert torch.equal(state, before)
+    assert relative_error(found, y) <= FLOAT_LIMIT
+    wide = x.clone()
+    ops.causal_conv1d_update(
+        wide, state, weight, b, in_place=True, out=wide, impl="triton", **options
+    )
+    torch.testing.assert_close(wide, found, rtol=0, atol=0)
+    torch.testing.assert_close(state, kept, rtol=0, atol=0)
+    torch.testing.assert_close(kept, new.float(), rtol=0, atol=0)
+
+
+def state_inputs(kind: str, b: int, h: int, p: int, g: int, n: int) -> dict[str, Tensor]:
+    """Draw float32 inputs as slices of one tensor, as a layer's are; A is log(−A)."""
+    if kind == "ssd":
+        wide = randn(b, 2 * h * p + 2 * g * n + h + 3)
+        z, x, B, C, dt, _ = wide.split([h * p, h * p, g * n, g * n, h, 3], dim=1)
+        return {
+            "state": randn(b, h, p, n), "x": x.unflatten(1, (h, p)), "z": z.unflatten(1, (h, p)),
+            "B": B.unflatten(1, (g, n)), "C": C.unflatten(1, (g, n)), "dt": dt,
+            "A": randn(h), "D": randn(h), "dt_bias": randn(h) - 1,
+        }  # fmt: skip
+    d = h * p
+    wide = randn(b, 3 * d + 2 * n)
+    x, z, dt, B, C = wide.split([d, d, d, n, n], dim=1)
+    return {
+        "state": randn(b, d, n), "x": x, "z": z, "dt": dt, "B": B, "C": C,
+        "A": randn(d, n), "D": randn(d), "dt_bias": randn(d) - 1,
+    }  # fmt: skip
+
+
+@runs_kernels
+def test_greedy_draws_match_the_reference() -> None:
+    logits, drawn = randn(5, 3001)[:, :3000], torch.zeros(5, 2, dtype=torch.int64, device=DEVICE)
+    logits[1, 70] = logits[1, 2500] = 9.0
+    logits[2, 2999] = float("nan")
+    logits[3] = -float("inf")
+    expected = logits.argmax(dim=-1)
+    assert expected[1] == 70
+    expected[2] = expected[3] = -1
+    assert torch.equal(draw_greedily(logits, drawn[:, 1]), expected)
+    assert drawn.tolist() == [[0, 1]] * 5
+
+
+UPDATES: dict[str, Any] = {"ssd": ops.ssd_state_update, "scan": ops.selective_state_update}
+
+
+@runs_kernels
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.3, 0.9)])
+@pytest.mark.parametrize(("h", "p", "g", "n"), [(4, 16, 2, 16), (3, 5, 1, 12)])
+@pytest.mark.parametrize("kind", list(UPDATES))
+def test_state_update_matches_the_reference(
+    kind: str, h: int, p: int, g: int, n: int, limit: tuple[float, float]
+) -> None:
+    state_launch.override_blocks(state_launch.Blocks(rows=4, warps=1))
+    inputs = state_inputs(kind, 3, h, p, g, n)
+    options: dict[str, Any] = {"dt_softplus": True, "dt_limit": limit, "A_is_log": True}
+    exact = UPDATES[kind](**cast_all(inputs, torch.float64), **options, impl="reference")
+    before = inputs["state"].clone()
+    poison()
+    found = UPDATES[kind](**inputs, **options, impl="triton")
+    assert torch.equal(inputs["state"], before)
+    again = UPDATES[kind](**inputs, **options, in_place=True, impl="triton")
+    assert again[1] is inputs["state"]
+    for got, twice, wanted in zip(found, again, exact, strict=True):
+        assert relative_error(got, wanted) <= FLOAT_LIMIT
+        assert torch.equal(got, twice)
+
+
+@runs_kernels
+@pytest.mark.parametrize("kind", list(UPDATES))
+def test_state_update_without_optional_arguments_matches_the_reference(kind: str) -> None:
+    inputs = state_inputs(kind, 2, 4, 16, 1, 16)
+    for name in ("D", "z", "dt_bias"):
+        del inputs[name]
+    inputs["A"], inputs["dt"] = -inputs["A"].abs(), inputs["dt"].abs()
+    if kind == "ssd":
+        inputs["D"] = randn(4, 16)
+    exact = UPDATES[kind](**cast_all(inputs, torch.float64), impl="reference")
+    for got, wanted in zip(UPDATES[kind](**inputs, impl="triton"), exact, strict=True):
+        assert relative_error(got, wanted) <= FLOAT_LIMIT
+
+
+def cast_all(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()}
+
+
+@pytest.mark.skipif(
+    kernels.INTERPRETED or torch.cuda.is_available(), reason="the same tests run directly"
+)
+def test_kernels_in_the_interpreter() -> None:
+    """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
+    run_in_interpreter(__file__, "match", passed=28)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(
+    ("rows", "k", "n"),
+    [
+        (1, 768, 3352),
+        (1, 5120, 2560),
+        (1, 100, 333),
+        (2, 2560, 1000),
+        (9, 768, 3352),
+        (16, 1001, 70),
+    ],
+)
+def test_half_precision_linear_loses_no_more_than_plain_pytorch(
+    rows: int, k: int, n: int, parts: str
+) -> None:
+    if "groups" in parts and k % 2:
+        pytest.skip("an odd width has no two groups")
+    if rows > 1:
+        linear_launch.override_blocks(
+            linear_launch.Blocks(
+                n=32, k=256, warps=4, rows=8 if rows <= 8 else 16, stages=3, folded=k != 768
+            )
+        )
+    inputs = linear_inputs(rows, k, n, parts)
+    inputs = {name: cast(value, torch.bfloat16) for name, value in inputs.items()}
+    exact = run_linear(inputs, torch.float64, "reference")
+    # The residual stream is float32 beside bfloat16 layers.
+    plain = run_linear(inputs, torch.bfloat16, "reference", torch.float32)
+    poison()
+    found = run_linear(inputs, torch.bfloat16, "triton", torch.float32)
+    again = run_linear(inputs, torch.bfloat16, "triton", torch.float32)
+    for name, value in exact.items():
+        assert found[name].dtype == plain[name].dtype
+        assert torch.equal(found[name], again[name]), name
+        limit = NAIVE_ERROR_RATIO * max(relative_error(plain[name], value), 1e-6)
+        assert relative_error(found[name], value) <= limit, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("h", "p", "g", "n"), [(24, 64, 1, 128), (8, 40, 2, 64), (64, 64, 1, 16)])
+@pytest.mark.parametrize("kind", list(UPDATES))
+def test_half_precision_state_update_loses_no_more_than_plain_pytorch(
+    kind: str, h: int, p: int, g: int, n: int, dtype: torch.dtype
+) -> None:
+    inputs = state_inputs(kind, 5, h, p, g, n)
+    wide = ("A", "D", "dt_bias")
+    narrow = {k: v if k in wide else v.to(torch.bfloat16) for k, v in inputs.items()}
+    narrow["state"] = narrow["state"].to(dtype)
+    options: dict[str, Any] = {"dt_softplus": True, "A_is_log": True}
+    exact = UPDATES[kind](**cast_all(narrow, torch.float64), **options, impl="reference")
+    plain = UPDATES[kind](**narrow, **options, impl="reference")
+    poison()
+    found = UPDATES[kind](**narrow, **options, impl="triton")
+    for got, other, wanted in zip(found, plain, exact, strict=True):
+        assert got.dtype == other.dtype
+        limit = NAIVE_ERROR_RATIO * max(relative_error(other, wanted), 1e-6)
+        assert relative_error(got, wanted) <= limit
+
+
+@pytest.mark.gpu
+def test_kernels_that_overlap_compute_what_kernels_in_turn_do() -> None:
+    """Hundreds of dependent kernels, each of which may begin before the last has ended."""
+    k = 512
+    weights = [randn(k, k, seed=i).to(torch.bfloat16) * k**-0.5 for i in range(50)]
+    norm = Norm(torch.ones(k, device=DEVICE, dtype=torch.bfloat16))
+    state = randn(1, 8, 64, 64)
+    given: dict[str, Any] = {
+        "dt": randn(1, 8),
+        "A": randn(8),
+        "B": randn(1, 1, 64),
+        "C": randn(1, 1, 64),
+    }
+
+    def run() -> tuple[Tensor, Tensor]:
+        x, kept = randn(1, k).to(torch.bfloat16), state.clone()
+        for weight in weights * 4:
+            x = ops.linear_step(x, weight, norm=norm, impl="triton")
+            y, _ = ops.ssd_state_update(
+                kept, x.view(1, 8, 64), **given, dt_softplus=True, A_is_log=True, in_place=True
+            )
+            x = ops.linear_step(y.flatten(1), weight, residual=x, impl="triton")
+        return x, kept
+
+    found = {}
+    for chain in (True, False):
+        kernels.override_chain(chain)
+        found[chain] = run()
+    kernels.override_chain(None)
+    for mine, theirs in zip(found[True], found[False], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
+    """Compile the kernels for GPUs that this machine need not have."""
+    if kernels.INTERPRETED:
+        pytest.skip("the interpreter compiles nothing")
+    from mamba2lm.ops.causal_conv1d import step as convolution
+    from mamba2lm.ops.draw import step as draw
+    from mamba2lm.ops.linear_step import step as linear
+    from mamba2lm.ops.state_update import step as update
+
+    chain = target[0] == "cuda" and target[1] >= 90
+    wide = dict.fromkeys(("residual", "state", "new", "A", "D"), "*fp32")
+    types = {**wide, "eps": "fp32", "low": "fp32", "high": "fp32"}
+    parts = {
+        "NORMED": True, "GATED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "TAPS": 4,
+        "HAS_TAPS_BIAS": True, "GROUPS": 2, "WIDTH": 768, "CHAIN": chain,
+    }  # fmt: skip
+    for rows, kernel in ((1, linear.vector_kernel), (16, linear.rows_kernel)):
+        blocks = replace(VECTOR, k=256) if rows == 1 else replace(ROWS, n=64, k=64, stages=3)
+        compile_kernel(
+            kernel,
+            {**parts, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 4, "ROWS": rows,
+             "STAGES": blocks.stages},
+            types, target, num_warps=blocks.warps,
+        )  # fmt: skip
+    options = {
+        "HAS_D": True, "D_WIDE": False, "HAS_Z": True, "HAS_BIAS": True, "SOFTPLUS": True,
+        "CLAMP": True, "LOGARITHM": True, "P": 64, "N": 128, "BLOCK_P": 32, "BLOCK_D": 32,
+        "BLOCK_N": 128, "EARLY": True, "CHAIN": chain,
+    }  # fmt: skip
+    for kernel in (update.ssd_step_kernel, update.selective_step_kernel):
+        compile_kernel(kernel, options, types, target, num_warps=4)
+    compile_kernel(
+        linear.norm_kernel, {"GATED": True, "WIDTH": 768, "BLOCK": 1024, "CHAIN": chain},
+        types, target, num_warps=8,
+    )  # fmt: skip
+    for kernel in (draw.best_kernel, draw.choose_kernel):
+        compile_kernel(
+            kernel, {"PARTS": 32, "BLOCK": 1024, "CHAIN": chain},
+            {"logits": "*fp32", "best": "*fp32", "place": "*i32", "drawn": "*i64",
+             "token": "*i64"}, target, num_warps=4,
+        )  # fmt: skip
+    integers = dict.fromkeys(("seed", "drawn", "top_k", "token"), "*i64")
+    numbers = dict.fromkeys(("scores", "temperature", "top_p", "min_p"), "*fp32")
+    compile_kernel(
+        draw.sample_kernel, {"LIMITED": True, "BLOCK": 4096, "CHAIN": chain},
+        {**integers, **numbers}, target, num_warps=16,
+    )  # fmt: skip
+    compile_kernel(
+        convolution.convolve_step_kernel,
+        {"HAS_BIAS": True, "SILU": True, "W": 4, "BLOCK": 256, "CHAIN": chain},
+        types, target, num_warps=2,
+    )  # fmt: skip
+
+
+def test_kernels_say_what_they_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    x, weight = torch.randn(20, 8), torch.randn(4, 8)
+    with pytest.raises(ValueError, match="20 rows, for which a library"):
+        ops.linear_step(x, weight, impl="triton")
+    with pytest.raises(ValueError, match="no gradient"), torch.enable_grad():
+        ops.linear_step(x[:1], weight.requires_grad_(), impl="triton")
+
+
+def test_wrong_arguments_are_refused() -> None:
+    x, weight, norm = torch.randn(2, 8), torch.randn(4, 8), Norm(torch.ones(8), group_size=3)
+    with pytest.raises(ValueError, match="gate was given without norm"):
+        ops.linear_step(x, weight, gate=x)
+    with pytest.raises(ValueError, match="group_size=3 must divide the 8 inputs"):
+        ops.linear_step(x, weight, gate=x, norm=norm)
+    taps = Convolution(torch.zeros(2, 3, 4), torch.ones(4, 4), start=1)
+    with pytest.raises(ValueError, match="4 channels do not fit into 4 outputs"):
+        ops.linear_step(x, weight, convolution=taps)
+    with pytest.raises(ValueError, match=r"residual has shape \(2, 5\)"):
+        ops.linear_step(x, weight, residual=torch.zeros(2, 5))
