@@ -176,6 +176,7 @@ def measure(
     *,
     compiled: bool = False,
     mean_document: int | None = None,
+    keep_outputs: bool = False,
     steps: int = 6,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
@@ -188,6 +189,7 @@ def measure(
         peak: FLOP/s that MFU is of.
         compiled: Whether blocks go through torch.compile, as ``training.compile`` does.
         mean_document: Mean length of packed documents; None packs none.
+        keep_outputs: Whether mixers do, as ``training.keep_outputs`` has them.
         steps: How many to time.
         overrides: Of the configuration.
     """
@@ -197,9 +199,9 @@ def measure(
     subject = build(config, length)
     torch.manual_seed(0)
     ids = torch.randint(config.vocab_size or 0, (batch, length + 1), device="cuda")
-    if compiled:
-        assert isinstance(subject.model, LanguageModel)
-        for block in subject.model.blocks:
+    for block in subject.model.blocks if isinstance(subject.model, LanguageModel) else ():
+        block.mixer.keep_outputs = keep_outputs
+        if compiled:
             block.compile()
     seq_idx = None if mean_document is None else documents(batch, length, mean_document)
     step = step_function(subject, ids, seq_idx)
@@ -230,6 +232,7 @@ def measure(
         "batch": batch,
         "length": length,
         "compiled": compiled,
+        "keep_outputs": keep_outputs,
         "mean_document": mean_document,
         "step_ms": second * 1e3,
         "step_ms_low_high": [min(seconds) * 1e3, max(seconds) * 1e3],
@@ -254,7 +257,10 @@ def short_name(kernel: str) -> str:
 def describe(row: dict[str, Any]) -> str:
     """Return one line about a measured model."""
     extra = "".join(
-        f" {word}" for word, on in (("compiled", row["compiled"]), ("packed", row["mean_document"]))
+        f" {word}" for word, on in (
+            ("compiled", row["compiled"]), ("packed", row["mean_document"]),
+            ("keeping outputs", row["keep_outputs"]),
+        )
         if on
     )  # fmt: skip
     return (
@@ -274,7 +280,8 @@ def time_models(arguments: argparse.Namespace) -> None:
         name, _, batch = entry.partition("@")
         row = measure(
             name, int(batch or arguments.batch), arguments.length, peak,
-            compiled=arguments.compile, mean_document=arguments.documents, steps=arguments.steps,
+            compiled=arguments.compile, mean_document=arguments.documents,
+            keep_outputs=arguments.keep_outputs, steps=arguments.steps,
         )  # fmt: skip
         results["rows"].append(row)
         sys.stdout.write(describe(row) + "\n")
@@ -448,6 +455,7 @@ def main() -> int:
     timed.add_argument("--steps", type=int, default=6)
     timed.add_argument("--documents", type=int, help="mean length of packed documents")
     timed.add_argument("--compile", action="store_true")
+    timed.add_argument("--keep-outputs", action="store_true")
     timed.add_argument("--out", type=Path)
     compared = commands.add_parser("losses", help="train several ways and compare")
     compared.add_argument("--layers", type=int, default=8)

@@ -87,8 +87,10 @@ def evaluate_length(
         stream += [tokenizer.eos_id, *ids]
     usable = sorted(set(config.multiples))
     # A stretch that every window length divides, so that all of them score the same tokens.
-    while usable and (whole := math.lcm(*usable) * length) >= len(stream):
+    whole = math.lcm(*usable) * length
+    while usable and whole >= len(stream):
         usable.pop()
+        whole = math.lcm(*usable) * length
     if not usable:
         raise ConfigError(
             "length.length",

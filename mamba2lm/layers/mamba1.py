@@ -200,7 +200,8 @@ class Mamba1(Mixer):
             x_bld, self.in_proj.weight, self.in_proj.bias,
             self.conv1d.weight.squeeze(1), self.conv1d.bias,
             self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D,
-            self.out_proj.weight, self.out_proj.bias, seq_idx_bl=seq_idx_bl,
+            self.out_proj.weight, self.out_proj.bias,
+            seq_idx_bl=seq_idx_bl, keep_outputs=self.keep_outputs,
         )  # fmt: skip
 
     def _forward_stretch(

@@ -1,9 +1,9 @@
 """A whole Mamba-1 mixer as one autograd node, made of the operators' kernels.
 
 The same mathematics as ``Mamba1.forward`` without inner norms. The convolution's output and Δ,
-cheap to make, are made again in the backward pass instead of kept; gradients that add up or lie
-side by side are made where they belong, not joined afterwards; those of the matrices leave their
-products in the dtype of the weights.
+cheap to make, are made again in the backward pass unless asked to be kept; gradients that add up or
+lie side by side are made where they belong, not joined afterwards; those of the matrices leave
+their products in the dtype of the weights.
 
 Axes: b batch, l length, t tokens (b · l), d model width, i inner width, r rank of Δ, n state,
 w convolution width, s what is selected (Δ of rank r, B and C side by side).
@@ -51,6 +51,7 @@ def fused_mamba1(
     out_bias_d: Tensor | None,
     *,
     seq_idx_bl: Tensor | None = None,
+    keep_outputs: bool = False,
 ) -> Tensor:
     """Run a Mamba-1 mixer from its input to its output, without states on either side.
 
@@ -68,6 +69,7 @@ def fused_mamba1(
         out_weight_di: Projection back.
         out_bias_d: Its bias, or None.
         seq_idx_bl: Document ids, or None.
+        keep_outputs: Keep the convolution's output and Δ for the backward pass.
 
     Returns:
         (b, l, d) in the dtype of ``x_bld``. Differentiable once in every float tensor.
@@ -78,6 +80,7 @@ def fused_mamba1(
         return _FusedMamba1.apply(
             x_bld, in_weight, in_bias, conv_weight_iw, conv_bias_i, select_weight_si,
             dt_weight_ir, dt_bias_i, A_log_in, D_i, out_weight_di, out_bias_d, seq_idx_bl,
+            keep_outputs,
         )  # fmt: skip
 
 
@@ -98,6 +101,7 @@ class _FusedMamba1(torch.autograd.Function):
         out_weight_di: Tensor,
         out_bias_d: Tensor | None,
         seq_idx_bl: Tensor | None,
+        keep_outputs: bool,
     ) -> Tensor:
         dtype = x_bld.dtype
         proj = linear(x_bld, in_weight.to(dtype), None if in_bias is None else in_bias.to(dtype))
@@ -120,6 +124,7 @@ class _FusedMamba1(torch.autograd.Function):
             x_bld, in_weight, in_bias, conv_weight_iw, conv_bias_i, select_weight_si,
             dt_weight_ir, dt_bias_i, A_in, D_i, out_weight_di, out_bias_d, seq_idx_bl,
             restart_bl, proj, selected_bls, y_bli, states,
+            *((convolved_bli, dt_bli) if keep_outputs else (None, None)),
         )  # fmt: skip
         bias_d = None if out_bias_d is None else out_bias_d.to(dtype)
         return linear(y_bli, out_weight_di.to(dtype), bias_d)
@@ -144,7 +149,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     (
         x_bld, in_weight, in_bias, conv_weight_iw, conv_bias_i, select_weight_si,
         dt_weight_ir, dt_bias_i, A_in, D_i, out_weight_di, out_bias_d, seq_idx_bl,
-        restart_bl, proj, selected_bls, y_bli, states,
+        restart_bl, proj, selected_bls, y_bli, states, convolved_bli, dt_bli,
     ) = ctx.saved_tensors  # fmt: skip
     wanted = ctx.needs_input_grad
     dtype = x_bld.dtype
@@ -160,12 +165,13 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         dout_bias = bias_gradient(dout_td, out_bias_d.dtype)
     dy_bli = (dout_td @ out_weight_di.to(dtype)).view(y_bli.shape)
 
-    # Through the scan, over the convolution's output and Δ made again.
-    convolved_bli, _ = conv.forward(
-        x_bli, conv_weight_iw, conv_bias_i, None, seq_idx_bl, True, False
-    )
+    # Through the scan, over the convolution's output and Δ.
     dt_blr, B_bln, C_bln = _split(selected_bls, dt_weight_ir, A_in)
-    dt_bli = linear(dt_blr, dt_weight_ir.to(dtype))
+    if convolved_bli is None:
+        convolved_bli, _ = conv.forward(
+            x_bli, conv_weight_iw, conv_bias_i, None, seq_idx_bl, True, False
+        )
+        dt_bli = linear(dt_blr, dt_weight_ir.to(dtype))
     dconvolved_bli, ddt_bli, dA_in, dB_bln, dC_bln, dD_i, dz, ddt_bias_i, _ = scan.backward(
         dy_bli, None, convolved_bli, dt_bli, A_in, B_bln, C_bln, D_i, z_bli, dt_bias_i, None,
         restart_bl, states, True, *NO_LIMIT,
@@ -220,5 +226,6 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         dD_i,
         dout_weight,
         dout_bias,
+        None,
         None,
     )

@@ -249,6 +249,7 @@ class Mamba2(Mixer):
             self.A_log, self.D, self.dt_bias, self.norm.weight,
             self.out_proj.weight, self.out_proj.bias,
             sizes=self._sizes(), seq_idx_bl=seq_idx_bl, divided=divided,
+            keep_outputs=self.keep_outputs,
         )  # fmt: skip
 
     def _forward_stretch(

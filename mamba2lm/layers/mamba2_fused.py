@@ -3,8 +3,8 @@
 The same mathematics as ``Mamba2.forward``, with three savings that separate operators cannot make:
 the backward passes of the norm, the SSD and the convolution write their large gradients where they
 belong, side by side in those of the convolution's output and of the fused projection; the
-convolution's output and the normalised output, cheap to make, are made again instead of kept; and
-gradients of the two matrices leave their products in the dtype of the weights.
+convolution's output and the normalised output, cheap to make, are made again unless asked to be
+kept; and gradients of the two matrices leave their products in the dtype of the weights.
 
 Axes: b batch, l length, t tokens (b · l), d model width, i inner width, h heads, p head dim,
 g groups, n state, c convolved channels (x, B and C side by side), j rows of the projection
@@ -126,6 +126,7 @@ def fused_mamba2(
     sizes: Sizes,
     seq_idx_bl: Tensor | None = None,
     divided: Divided = WHOLE,
+    keep_outputs: bool = False,
 ) -> Tensor:
     """Run a Mamba-2 mixer from its input to its output, without states on either side.
 
@@ -145,6 +146,7 @@ def fused_mamba2(
         sizes: The mixer's.
         seq_idx_bl: Document ids, or None.
         divided: How this is a part of a mixer; ``sizes`` and weights are then those of the part.
+        keep_outputs: Keep the convolution's and the norm's outputs for the backward pass.
 
     Returns:
         (b, l, d) in the dtype of ``x_bld``. Differentiable once in every float tensor.
@@ -156,6 +158,7 @@ def fused_mamba2(
         return _FusedMamba2.apply(
             x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_log_h, D_h, dt_bias_h,
             norm_weight_i, out_weight_di, out_bias_d, document_bl, sizes, divided,
+            keep_outputs,
         )  # fmt: skip
 
 
@@ -181,6 +184,7 @@ class _FusedMamba2(torch.autograd.Function):
         document_bl: Tensor | None,
         sizes: Sizes,
         divided: Divided,
+        keep_outputs: bool,
     ) -> Tensor:
         dtype = x_bld.dtype
         linear = torch.nn.functional.linear
@@ -219,6 +223,7 @@ class _FusedMamba2(torch.autograd.Function):
         ctx.save_for_backward(
             x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
             norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
+            *((convolved_blc, normed_bli) if keep_outputs else (None, None)),
             *carried,
         )  # fmt: skip
         ctx.sizes, ctx.divided = sizes, divided
@@ -244,6 +249,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     (
         x_bld, in_weight_jd, in_bias_j, conv_weight_cw, conv_bias_c, A_h, D_h, dt_bias_h,
         norm_weight_i, out_weight_di, out_bias_d, document_bl, proj_blj, y_blhp, pre, scale,
+        convolved_blc, normed_bli,
         *carried,
     ) = ctx.saved_tensors  # fmt: skip
     before_bwc, log_decay_bhl, entering_bhpn, gathered = carried or [None] * 4
@@ -256,31 +262,34 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     dz_bli, dxBC_blc, ddt_blh = sizes.split_projection(dproj_blj)
     dproj_blj[..., sizes.inner + sizes.convolved + sizes.heads :] = 0
 
-    # Out of the block: dz lands in its place; the normalised output is made again on the way.
+    # Out of the block: dz lands in its place; the normalised output may be made again on the way.
     dout_td = dout_bld.reshape(-1, dout_bld.shape[-1])
     dnormed_ti = dout_td @ out_weight_di.to(dtype)
-    normed_bli = torch.empty(z_bli.shape, dtype=dtype, device=z_bli.device)
+    anew_bli = None
+    if normed_bli is None:
+        normed_bli = anew_bli = torch.empty(z_bli.shape, dtype=dtype, device=z_bli.device)
     if divided.norm is None:
         dy_bli, _, _, dnorm_weight_i = norm.backward(
             dnormed_ti.view(z_bli.shape), None, y_blhp.flatten(2), z_bli, norm_weight_i, scale,
-            sizes.norm_group, dtype, dz_out=dz_bli, y_out=normed_bli,
+            sizes.norm_group, dtype, dz_out=dz_bli, y_out=anew_bli,
         )  # fmt: skip
     else:
         dy_bli, _, dnorm_weight_i = divided_norm.backward(
             dnormed_ti.view(z_bli.shape), y_blhp.flatten(2), z_bli, norm_weight_i, scale,
-            divided.norm, dz_out=dz_bli, y_out=normed_bli,
+            divided.norm, dz_out=dz_bli, y_out=anew_bli,
         )  # fmt: skip
     dout_weight_di = dout_bias_d = None
     if wanted[9]:
         dout_weight_di = matrix_gradient(dout_td, normed_bli.flatten(0, 1), out_weight_di.dtype)
     if wanted[10]:
         dout_bias_d = bias_gradient(dout_td, out_bias_d.dtype)
-    del dnormed_ti, normed_bli
+    del dnormed_ti, normed_bli, anew_bli
 
-    # Through the SSD, over the convolution's output made again.
-    convolved_blc, _ = conv.forward(
-        xBC_blc, conv_weight_cw, conv_bias_c, before_bwc, document_bl, True, False
-    )
+    # Through the SSD, over the convolution's output.
+    if convolved_blc is None:
+        convolved_blc, _ = conv.forward(
+            xBC_blc, conv_weight_cw, conv_bias_c, before_bwc, document_bl, True, False
+        )
     x_blhp, B_blgn, C_blgn = sizes.split_convolved(convolved_blc)
     dy_blhp = dy_bli.view(y_blhp.shape)
     context = divided.context
@@ -349,6 +358,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         dnorm_weight_i,
         dout_weight_di,
         dout_bias_d,
+        None,
         None,
         None,
         None,

@@ -58,6 +58,8 @@ class Mixer(nn.Module, ABC):
     d_model: int
     tensor: TensorGroup | None = None
     """Whom the mixer's heads are shared with; its sizes are then those of this process's part."""
+    keep_outputs: bool = False
+    """Whether training keeps for the backward pass what would be cheap to make again."""
 
     @abstractmethod
     def forward(

@@ -94,6 +94,9 @@ class TrainingConfig:
     """Begin each window from the state that the one before it in the text left (truncated
     back-propagation); batches are then batch_size texts read side by side, in order."""
     activation_checkpointing: bool = False
+    keep_outputs: bool = False
+    """Keep the outputs of Mamba layers' convolutions and norms for the backward pass instead of
+    making them again there: quicker, for more memory. Of Mamba layers on a GPU."""
     compile: bool = False
     threads: int | None = None
     """CPU threads per process; null lets torch choose."""
@@ -250,6 +253,8 @@ class Trainer:
             compile=config.compile,
         )
         self.model = model
+        for block in model.blocks:
+            block.mixer.keep_outputs = config.keep_outputs
         self.optimizers = Optimizers(optimizer, self.model)
         self.progress = Progress(data_fingerprint=corpus.train.fingerprint)
         self.carried = (

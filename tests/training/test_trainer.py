@@ -326,3 +326,9 @@ def test_the_log_says_what_the_operators_ran_on(
     [line] = [r.getMessage() for r in caplog.records if "ran on" in r.getMessage()]
     assert "ssd cpu" in line
     assert "attention scaled_dot_product_attention" in line
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_mixers_are_told_whether_to_keep_outputs(tmp_path: Path, keep: bool) -> None:
+    trainer = make_trainer(tmp_path, recall_corpus(), tiny_model("MSA"), keep_outputs=keep)
+    assert [block.mixer.keep_outputs for block in trainer.model.blocks] == [keep] * 3
