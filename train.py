@@ -59,12 +59,11 @@ def main(config: TrainConfig) -> int:
     # Objects to degrees and sizes that do not divide.
     degrees = config.parallel.degrees(world.size)
     config.training.share_of(degrees.data_replicate * degrees.data_shard)
-    if config.lora.rank and degrees.sharded:
+    if config.lora.rank and degrees.tensor > 1:
         raise ConfigError(
             "lora.rank",
             config.lora.rank,
-            "trains whole matrices, which parallel.tensor, data_shard and context divide; use 0, "
-            "or parallel.data_replicate alone.",
+            "trains whole matrices, which parallel.tensor divides; use 0, or the other degrees.",
         )
     run = world.decide(lambda: open_run(config.run_dir, config.resume))
     begin = first_weights(config, run)

@@ -6,6 +6,7 @@
     torchrun --nproc-per-node 1 -m benchmarks.parallel …      one process: what the rest compare to
     … --losses 200           the loss of every step besides, to lay layouts over each other
     … --checkpoint FOLDER    saves beside training, and reads back in every layout asked for
+    … --read FOLDER          loss of the next step after reading what such a run has saved
 
 A layout is written as the keys of ``parallel``, joined by commas; what is left over replicates. The
 text is the package's own, read as bytes. Nothing is timed whose loss differs from the first
@@ -19,7 +20,7 @@ import datetime
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ LOSS_TOLERANCE = 2e-2
 """How far the losses of the first steps may lie apart: bfloat16 sums in another order."""
 
 
-def model_config(name: str) -> ModelConfig:
-    """Return a preset of ``configs/model``."""
+def model_config(name: str, changes: list[str]) -> ModelConfig:
+    """Return a preset of ``configs/model``, with changes as Hydra takes them."""
     with initialize_config_dir(str(CONFIGS / "model"), version_base="1.3"):
-        config = from_mapping(ModelConfig, compose(name), "model")
+        config = from_mapping(ModelConfig, compose(name, overrides=changes), "model")
     config.fit_vocabulary(257)
     return config
 
@@ -103,6 +104,7 @@ class Run:
         assert self.micro_steps, "--batch is at least a micro-batch a process"
         self.tokens = arguments.batch * arguments.length
         self.corpus = corpus
+        self.before_update: Callable[[], None] = lambda: None
         self.from_the_first_sample()
 
     def from_the_first_sample(self) -> None:
@@ -133,10 +135,12 @@ class Run:
                         seq_idx=batch.get("seq_idx"),
                         loss_reduction="sum",
                     ).loss
-                (loss * (averaged / self.tokens)).backward()
+                with torch.autograd.set_multithreading_enabled(False):
+                    (loss * (averaged / self.tokens)).backward()
             total += loss.detach()
         self.parallel.finish_gradients()
         self.parallel.clip_gradients(1.0)
+        self.before_update()
         self.optimizers.step()
         self.optimizers.zero_grad()
         return total
@@ -159,20 +163,53 @@ class Run:
             torch.cuda.synchronize(self.device)
         self.world.barrier()
 
-    def communication(self) -> dict[str, float]:
-        """Profile a step: share of time in NCCL kernels, and with nothing else going on."""
-        if self.device.type != "cuda" or self.world.size == 1:
+    def profile(self, kernels: int) -> dict[str, Any]:
+        """Profile a step.
+
+        Args:
+            kernels: How many kernels to list, those that take longest.
+
+        Returns:
+            Shares of the step's time in NCCL, in NCCL with nothing else going on, and with nothing
+            going on at all, which the host is to blame for; and the kernels' milliseconds.
+        """
+        if self.device.type != "cuda":
             return {}
+        self.wait()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             self.step()
             self.wait()
-        events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        spans = [(e.time_range.start, e.time_range.end, "nccl" in e.name.lower()) for e in events]
+        assert profile.profiler is not None
+        # Not profile.events(), which takes a minute for the kernels of a large model.
+        recorded = profile.profiler.kineto_results.events()
+        events = [e for e in recorded if e.device_type() == torch.autograd.DeviceType.CUDA]
+        names = [event.name() for event in events]
+        spans = [
+            (
+                event.start_ns() / 1000,
+                (event.start_ns() + event.duration_ns()) / 1000,
+                "nccl" in name.lower(),
+            )
+            for event, name in zip(events, names, strict=True)
+        ]
         everything = covered([(a, b) for a, b, _ in spans])
         nccl = covered([(a, b) for a, b, is_nccl in spans if is_nccl])
         computing = covered([(a, b) for a, b, is_nccl in spans if not is_nccl])
         whole = max(b for _, b, _ in spans) - min(a for a, _, _ in spans)
-        return {"nccl_share": nccl / whole, "exposed_nccl_share": (everything - computing) / whole}
+        row: dict[str, Any] = {
+            "nccl_share": nccl / whole,
+            "exposed_nccl_share": (everything - computing) / whole,
+            "idle_share": 1 - everything / whole,
+        }
+        if kernels:
+            totals: dict[str, list[float]] = {}
+            for name, (begin, end, _) in zip(names, spans, strict=True):
+                total = totals.setdefault(name[:100], [0.0, 0])
+                total[0] += (end - begin) / 1000
+                total[1] += 1
+            slowest = sorted(totals.items(), key=lambda item: -item[1][0])[:kernels]
+            row["kernels"] = {name: [round(ms, 3), int(n)] for name, (ms, n) in slowest}
+        return row
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -221,7 +258,7 @@ def measure(
         "tokens_per_second": speed,
         **compared,
         "memory_bytes_max": int(memory.max()),
-        **run.communication(),
+        **run.profile(arguments.kernels),
     }  # fmt: skip
 
 
@@ -236,8 +273,12 @@ def save_and_read_back(run: Run, folder: Path, others: list[Run], usual: float) 
         path.write_config({"model": run.model.config.resolved(), "training": {}})
     run.wait()
     saver = Checkpointer(path, run.parallel, run.optimizers, run.world, keep_last=2)
+    run.before_update = saver.wait_until_copied
     figures: dict[str, Any] = {"usual_step_seconds": usual}
-    for number in (1, 2):  # the first has to get its buffers
+    run.step()
+    saver.poll()  # which begins to get memory
+    run.step()
+    for number in (1, 2):
         run.wait()
         begin = time.perf_counter()
         saver.save(Progress(step=number))
@@ -250,20 +291,23 @@ def save_and_read_back(run: Run, folder: Path, others: list[Run], usual: float) 
             run.wait()
             slowest = max(slowest, time.perf_counter() - begin)
         figures[f"save_{number}"] = {"call_seconds": called, "slowest_step_seconds": slowest}
-        if number == 1:
-            run.wait()
     run.wait()
-    found = newest_valid(folder)
-    assert found is not None
     expected = None
     for other in [run, *others]:
-        restore(found, other.parallel, other.optimizers)
-        other.from_the_first_sample()
-        loss = other.loss()
+        loss = loss_after_reading(other, folder)
         expected = loss if expected is None else expected
         figures.setdefault("losses_after_reading", []).append(loss)
         assert abs(loss - expected) < LOSS_TOLERANCE, (loss, expected)
     return figures
+
+
+def loss_after_reading(run: Run, folder: Path) -> float:
+    """Take a step on the first samples from the newest checkpoint in a folder; return its loss."""
+    found = newest_valid(folder)
+    assert found is not None
+    restore(found, run.parallel, run.optimizers)
+    run.from_the_first_sample()
+    return run.loss()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -288,6 +332,7 @@ def main() -> None:
     """Read the command line, run every layout, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="mamba2_370m", help="a name in configs/model")
+    parser.add_argument("--change", action="append", default=[], help="of the model: n_layers=6")
     parser.add_argument("--layout", action="append", help="e.g. tensor=2,data_shard=2")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step, of all processes")
     parser.add_argument("--micro-batch", type=int, default=8)
@@ -298,12 +343,14 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpoint", type=Path, help="folder to save in")
+    parser.add_argument("--read", type=Path, help="folder to read from")
+    parser.add_argument("--kernels", type=int, default=0, help="kernels to list of a profile")
     parser.add_argument("--alone", type=Path, help="figures of one process, to compare with")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
 
     accelerator = start_accelerator()
-    config = model_config(arguments.model)
+    config = model_config(arguments.model, arguments.change)
     data = DataConfig(
         tokenizer=TokenizerConfig(kind=TokenizerKind.bytes),
         sequence_length=arguments.length,
@@ -316,33 +363,39 @@ def main() -> None:
     if arguments.alone is not None:
         alone = json.loads(arguments.alone.read_text())["layouts"][0]["tokens_per_second"]
     rows: list[dict[str, Any]] = []
-    runs: list[tuple[Run, float]] = []
-    for text, parallel in layouts_of(arguments):
-        run = Run(config, parallel, corpus, accelerator, arguments)
-        expected = rows[0]["first_losses"] if rows else None
-        row = {"layout": text, **measure(run, arguments, expected, alone)}
-        if arguments.losses:
-            del run
-            run = Run(config, parallel, corpus, accelerator, arguments)
-            row["losses"] = [run.loss() for _ in range(arguments.losses)]
-        rows.append(row)
-        if arguments.checkpoint is not None and "wrong" not in row:
-            runs.append((run, row["seconds"]["median"]))
-        del run
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
     result: dict[str, Any] = {
         **environment(accelerator.device),
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "layouts": rows,
     }
+
+    def write() -> None:
+        if accelerator.is_main_process and arguments.out is not None:
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    runs: list[tuple[Run, float]] = []
+    for text, parallel in layouts_of(arguments):
+        run = Run(config, parallel, corpus, accelerator, arguments)
+        expected = rows[0]["first_losses"] if rows else None
+        row = {"layout": text, **measure(run, arguments, expected, alone)}
+        if arguments.read is not None:
+            row["loss_after_reading"] = loss_after_reading(run, arguments.read)
+        if arguments.losses:
+            del run
+            run = Run(config, parallel, corpus, accelerator, arguments)
+            row["losses"] = [run.loss() for _ in range(arguments.losses)]
+        rows.append(row)
+        write()  # what is done stays, whatever comes
+        if arguments.checkpoint is not None and "wrong" not in row:
+            runs.append((run, row["seconds"]["median"]))
+        del run
+        accelerator.free_memory()  # it keeps what it wrapped
     if arguments.checkpoint is not None:
         (first, usual), *others = runs
         result["checkpoint"] = save_and_read_back(
             first, arguments.checkpoint, [other for other, _ in others], usual
         )
-    if accelerator.is_main_process and arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

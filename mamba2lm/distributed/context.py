@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from mamba2lm.distributed.collectives import all_gather, gather_for_parts
+from mamba2lm.distributed.collectives import all_gather, gather_for_parts, reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -87,19 +87,43 @@ class Passage:
             (b, count, d), zero where they belong to another document than this process's first
             position or do not exist.
         """
-        assert x_bld.shape[1] >= count, "a stretch is at least as long as the convolution's past"
+        gathered = gather_for_parts(self._last(x_bld, count), 0, self.context.group)
+        return self._before(gathered)
+
+    def fetch_inputs_before(self, x_bld: Tensor, count: int) -> Tensor:
+        """Compute ``inputs_before`` without a gradient."""
+        return self._before(all_gather(self._last(x_bld, count), 0, self.context.group))
+
+    def return_inputs_before(self, dbefore_bwd: Tensor) -> Tensor:
+        """Return the gradient of this process's last inputs from those of the halos, (b, w, d)."""
         rank, size = self.context.rank, self.context.size
-        last_bwd = x_bld[:, self.length - count :]
-        gathered = gather_for_parts(last_bwd.unsqueeze(0), 0, self.context.group)
+        dgathered = dbefore_bwd.new_zeros(size, *dbefore_bwd.shape)
+        if rank:
+            dgathered[rank - 1] = dbefore_bwd
+            if self.document_bt is not None:
+                dgathered[rank - 1] *= self._same_document(dbefore_bwd.shape[1])
+        return reduce_scatter(dgathered, 0, self.context.group).squeeze(0)
+
+    def _last(self, x_bld: Tensor, count: int) -> Tensor:
+        assert x_bld.shape[1] >= count, "a stretch is at least as long as the convolution's past"
+        return x_bld[:, self.length - count :].unsqueeze(0)
+
+    def _before(self, gathered: Tensor) -> Tensor:
+        rank, size = self.context.rank, self.context.size
         # Every process uses what it gathered, if only times zero: the gradient is a collective too.
         before_bwd = gathered[(rank - 1) % size]
         if rank == 0:
             return before_bwd * 0.0
         if self.document_bt is None:
             return before_bwd
+        return before_bwd * self._same_document(before_bwd.shape[1])
+
+    def _same_document(self, count: int) -> Tensor:
+        """Say which of the inputs before belong to the document of this process's first one."""
+        assert self.document_bt is not None
         mine_b1 = self.document_bt[:, self.offset, None]
         same_bw = self.document_bt[:, self.offset - count : self.offset] == mine_b1
-        return before_bwd * same_bw.unsqueeze(2)
+        return same_bw.unsqueeze(2)
 
     def entering_state(self, state: Tensor, log_decay: Tensor) -> Tensor:
         """Return the state that enters this process's stretch.
@@ -112,25 +136,63 @@ class Passage:
         Returns:
             Same shape and dtype as ``state``.
         """
+        packed = _packed(state.unsqueeze(0), log_decay.unsqueeze(0))
+        gathered = gather_for_parts(packed, 0, self.context.group)
+        return self._entering(gathered, state.shape, log_decay.shape)
+
+    def fetch_entering_state(self, state: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute ``entering_state`` without a gradient; return what its gradient needs too."""
+        packed = _packed(state.unsqueeze(0), log_decay.unsqueeze(0))
+        gathered = all_gather(packed, 0, self.context.group)
+        return self._entering(gathered, state.shape, log_decay.shape), gathered
+
+    def return_entering_state(
+        self, dentering: Tensor, gathered: Tensor, decay_shape: torch.Size
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of ``state`` and ``log_decay`` from that of what entered.
+
+        Args:
+            dentering: Of the shape of the state.
+            gathered: As ``fetch_entering_state`` returned it.
+            decay_shape: That of ``log_decay``.
+        """
+        states_c, factor_c, between_ck = self._factors(gathered, dentering.shape, decay_shape)
+        trailing = tuple(range(factor_c.ndim, states_c.ndim))
+        dlog_factor_c = (states_c * dentering).sum(dim=trailing) * factor_c
+        dlog_decay_k = torch.einsum("ck,c...->k...", between_ck.to(factor_c.dtype), dlog_factor_c)
+        dstates_c = _aligned(factor_c, states_c) * dentering
+        packed = _packed(dstates_c, dlog_decay_k)
+        mine = reduce_scatter(packed, 0, self.context.group).squeeze(0)
+        dstate, dlog_decay = mine.split([dentering.numel(), decay_shape.numel()])
+        return dstate.view(dentering.shape), dlog_decay.view(decay_shape)
+
+    def _entering(self, gathered: Tensor, shape: torch.Size, decay_shape: torch.Size) -> Tensor:
+        states_c, factor_c, _ = self._factors(gathered, shape, decay_shape)
+        return (_aligned(factor_c, states_c) * states_c).sum(dim=0)
+
+    def _factors(
+        self, gathered: Tensor, shape: torch.Size, decay_shape: torch.Size
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all processes' states, by what they are multiplied, and what lies between.
+
+        The last, (c, k), says whether process k passes on what c leaves before it is here.
+        """
         rank, size = self.context.rank, self.context.size
-        packed = torch.cat([state.reshape(-1), log_decay.to(state.dtype).reshape(-1)])
-        gathered = gather_for_parts(packed.unsqueeze(0), 0, self.context.group)
-        states_c, log_decays_c = gathered.split([state.numel(), log_decay.numel()], dim=1)
-        process_c = torch.arange(size, device=state.device)
+        states_c, log_decays_c = gathered.split([shape.numel(), decay_shape.numel()], dim=1)
+        process_c = torch.arange(size, device=gathered.device)
         between_ck = (process_c[None] > process_c[:, None]) & (process_c[None] < rank)
         # Not a product of matrices, which autocast would round, nor a difference of running sums,
         # where a long past would swallow a short stretch.
         factor_c = (between_ck.unsqueeze(2) * log_decays_c).sum(dim=1).exp()
-        factor_c = factor_c.reshape(size, *log_decay.shape)
+        factor_c = factor_c.reshape(size, *decay_shape)
         passes_cb = (process_c < rank)[:, None]
         if self.document_bt is not None:
             ends_cb = self.document_bt[:, self.length - 1 :: self.length].t()
             passes_cb = passes_cb & (ends_cb == self.document_bt[None, :, self.offset])
         else:
-            passes_cb = passes_cb.expand(size, state.shape[0])
-        factor_c = factor_c * passes_cb.reshape(*passes_cb.shape, *[1] * (log_decay.ndim - 1))
-        factor_c = factor_c.reshape(*factor_c.shape, *[1] * (state.ndim - log_decay.ndim))
-        return (factor_c * states_c.reshape(size, *state.shape)).sum(dim=0)
+            passes_cb = passes_cb.expand(size, shape[0])
+        factor_c = factor_c * passes_cb.reshape(*passes_cb.shape, *[1] * (len(decay_shape) - 1))
+        return states_c.reshape(size, *shape), factor_c, between_ck
 
     def gather(self, *tensors: Tensor) -> list[Tensor]:
         """Join every process's stretch of tensors (b, l, …) of one dtype, in one collective."""
@@ -141,3 +203,12 @@ class Passage:
         return [
             part.reshape(batch, -1, *x.shape[2:]) for part, x in zip(parts, tensors, strict=True)
         ]
+
+
+def _packed(states_c: Tensor, log_decays_c: Tensor) -> Tensor:
+    """Lay states and log decays side by side, one row each of the first axis."""
+    return torch.cat([states_c.flatten(1), log_decays_c.to(states_c.dtype).flatten(1)], dim=1)
+
+
+def _aligned(factor_c: Tensor, states_c: Tensor) -> Tensor:
+    return factor_c.reshape(*factor_c.shape, *[1] * (states_c.ndim - factor_c.ndim))

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -26,6 +28,7 @@ from mamba2lm.distributed.collectives import (
     copy_to_parts,
     gather_for_parts,
     gather_same,
+    reduce_scatter,
     scatter_sum_of_parts,
     sum_for_parts,
     sum_of_parts,
@@ -54,7 +57,13 @@ class TensorGroup:
         return dataclasses.replace(self, over_sequence=False)
 
     def enter(self, x: Tensor) -> Tensor:
-        """Hand activations between layers to a layer that every process computes its part of."""
+        """Hand activations between layers to a layer that every process computes its part of.
+
+        They come in the dtype of the layer's products, so that their gradients cross in it too.
+        """
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         if self.over_sequence:
             return gather_for_parts(x, 1, self.group)
         return copy_to_parts(x, self.group)
@@ -127,11 +136,14 @@ class Split:
         segments: Of its axis ``dim``, in order.
         dim: 0 for what makes activations, 1 for what takes them.
         once: For the bias of a product that is summed over processes: the first one adds it.
+        pad_rows: Zeros are added to what a process computes with, until its rows are a multiple of
+            this: on a GPU, products whose rows are not of whole 16 bytes are slow.
     """
 
     segments: tuple[Segment, ...]
     dim: int = 0
     once: bool = False
+    pad_rows: int = 0
 
     def gathers(self, size: int) -> bool:
         """Return whether a process computes with more than it stores."""
@@ -219,8 +231,7 @@ class DistributedWeights:
             tensor: The group, with or without split sequences.
         """
         stored = [owner._parameters[key] for owner, key, _ in self._places]
-        local = list(self._local(tensor))
-        for (owner, key, _), part in zip(self._places, local, strict=True):
+        for (owner, key, _), part in zip(self._places, self._local(tensor), strict=True):
             owner._parameters[key] = part  # type: ignore[assignment]
         return stored
 
@@ -229,31 +240,91 @@ class DistributedWeights:
         for (owner, key, _), parameter in zip(self._places, stored, strict=True):
             owner._parameters[key] = parameter
 
-    def _local(self, tensor: TensorGroup) -> Iterator[Tensor]:
-        """Yield, in order, the tensors that this process computes with."""
-        parts = []
-        for owner, key, split in self._places:
-            stored = owner._parameters[key]
-            assert stored is not None
-            parts.append(_to_local(stored, split))
-        shared = [
+    def _local(self, tensor: TensorGroup) -> Sequence[Tensor]:
+        """Return, in order, the tensors that this process computes with."""
+        stored = [owner._parameters[key] for owner, key, _ in self._places]
+        if not torch.compiler.is_compiling():
+            return _Local.apply(self, tensor, *stored)
+        parts = [
+            _to_local(parameter, split)
+            for parameter, (_, _, split) in zip(stored, self._places, strict=True)
+            if parameter is not None
+        ]
+        return list(self.computed(parts, tensor))
+
+    def computed(self, parts: list[Tensor], tensor: TensorGroup) -> Iterator[Tensor]:
+        """Yield what is computed with, made of the parts that this process stores."""
+        gathered = self._gather(parts, self._shared(tensor), tensor)
+        for i, ((_, _, split), part) in enumerate(zip(self._places, parts, strict=True)):
+            if split is None or not split.gathers(tensor.size):
+                yield part if split is None else _joined([part], split)
+                continue
+            stored = part.split([s.rows // tensor.size for s in split.segments], dim=0)
+            pieces: list[Tensor] = []
+            for j, segment in enumerate(split.segments):
+                if (i, j) in gathered:
+                    whole = gathered[i, j]
+                    pieces += [whole.narrow(0, *rows) for rows in _taken(segment, split, tensor)]
+                else:
+                    pieces.append(stored[j])
+                if split.once and tensor.rank:
+                    pieces[-1] = pieces[-1] * 0.0
+            yield _joined(pieces, split)
+
+    def gradients(self, of_computed: Sequence[Tensor], tensor: TensorGroup) -> list[Tensor]:
+        """Return the gradients of what this process stores from those of what it computed with.
+
+        Those of shared segments are added over the processes, in one collective for each dtype.
+        """
+        wholes: dict[tuple[int, int], Tensor] = {}
+        owned: dict[tuple[int, int], Tensor] = {}
+        shared = set(self._shared(tensor))
+        for i, ((_, _, split), gradient) in enumerate(zip(self._places, of_computed, strict=True)):
+            if split is None or not split.gathers(tensor.size):
+                continue
+            begin = 0
+            for j, segment in enumerate(split.segments):
+                if (i, j) not in shared:
+                    rows = segment.rows // tensor.size
+                    owned[i, j] = gradient.narrow(0, begin, rows)
+                    begin += rows
+                    continue
+                whole = gradient.new_zeros(segment.rows, *gradient.shape[1:])
+                for start, rows in _taken(segment, split, tensor):
+                    if not (split.once and tensor.rank):
+                        whole.narrow(0, start, rows).add_(gradient.narrow(0, begin, rows))
+                    begin += rows
+                wholes[i, j] = whole
+        for dtype in dict.fromkeys(whole.dtype for whole in wholes.values()):
+            same = {k: whole for k, whole in wholes.items() if whole.dtype == dtype}
+            # One row a process.
+            flat = torch.cat([whole.reshape(tensor.size, -1) for whole in same.values()], dim=1)
+            mine = reduce_scatter(flat, 0, tensor.group).squeeze(0)
+            parts = mine.split([whole.numel() // tensor.size for whole in same.values()])
+            for (place, whole), part in zip(same.items(), parts, strict=True):
+                owned[place] = part.view(-1, *whole.shape[1:])
+        found = []
+        for i, ((_, _, split), gradient) in enumerate(zip(self._places, of_computed, strict=True)):
+            if split is None:
+                found.append(gradient)
+            elif split.gathers(tensor.size):
+                found.append(torch.cat([owned[i, j] for j in range(len(split.segments))]))
+            elif split.dim == 0:  # perhaps with padding
+                rows = sum(segment.rows // tensor.size for segment in split.segments)
+                found.append(gradient.narrow(0, 0, rows))
+            else:
+                found.append(gradient)
+        return found
+
+    def _shared(self, tensor: TensorGroup) -> list[tuple[int, int]]:
+        """Return (parameter, segment) of what all processes gather."""
+        return [
             (i, j)
             for i, (_, _, split) in enumerate(self._places)
             if split is not None and split.gathers(tensor.size)
             for j, segment in enumerate(split.segments)
             if split.once or not segment.divides(tensor.size)
         ]
-        gathered = self._gather(parts, shared, tensor)
-        for i, ((_, _, split), part) in enumerate(zip(self._places, parts, strict=True)):
-            if split is None or not split.gathers(tensor.size):
-                yield part
-                continue
-            pieces = list(part.split([s.rows // tensor.size for s in split.segments], dim=0))
-            for j, segment in enumerate(split.segments):
-                if (i, j) not in gathered:
-                    continue
-                pieces[j] = _take(gathered[i, j], segment, split, tensor)
-            yield torch.cat(pieces, dim=0)
 
     def _gather(
         self, parts: list[Tensor], shared: list[tuple[int, int]], tensor: TensorGroup
@@ -278,6 +349,35 @@ class DistributedWeights:
         return gathered
 
 
+class _Local(torch.autograd.Function):
+    """What is computed with, as one node: for a small layer, the host's time is in its nodes."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, weights: DistributedWeights, tensor: TensorGroup, *stored: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.weights, ctx.tensor, ctx.stored = weights, tensor, stored
+        parts = [p._local_tensor if isinstance(p, DTensor) else p for p in stored]
+        return tuple(part.detach() for part in weights.computed(parts, tensor))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        found = ctx.weights.gradients(gradients, ctx.tensor)
+        # The gradient of a replicated weight is the same everywhere; or, where each process uses it
+        # on its own part of the sequence, a part of a sum that is made once a step, not here.
+        return None, None, *(
+            DTensor.from_local(
+                gradient.contiguous(), parameter.device_mesh, parameter.placements,
+                run_check=False, shape=parameter.shape, stride=parameter.stride(),
+            )
+            if isinstance(parameter, DTensor) else gradient
+            for gradient, parameter in zip(found, ctx.stored, strict=True)
+        )  # fmt: skip
+
+
 def _to_local(stored: Tensor, split: Split | None) -> Tensor:
     if not isinstance(stored, DTensor):
         return stored
@@ -287,9 +387,20 @@ def _to_local(stored: Tensor, split: Split | None) -> Tensor:
     return stored.to_local(grad_placements=[placement])
 
 
-def _take(whole: Tensor, segment: Segment, split: Split, tensor: TensorGroup) -> Tensor:
+def _joined(pieces: list[Tensor], split: Split) -> Tensor:
+    rows = sum(piece.shape[0] for piece in pieces)
+    if split.pad_rows and rows % split.pad_rows:
+        missing = split.pad_rows - rows % split.pad_rows
+        pieces = [*pieces, pieces[0].new_zeros(missing, *pieces[0].shape[1:])]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=0)
+
+
+def _taken(segment: Segment, split: Split, tensor: TensorGroup) -> list[tuple[int, int]]:
+    """Return (start, rows) of this process's units in a whole segment, which all have gathered.
+
+    Slices, not an index: a tensor of numbers would have to be sent to the device and waited for.
+    """
     if split.once:
-        return whole if tensor.rank == 0 else whole * 0.0
-    units = segment.units_of(tensor.rank, tensor.size)
-    index = torch.tensor(units, device=whole.device)
-    return whole.unflatten(0, (segment.units, segment.width)).index_select(0, index).flatten(0, 1)
+        return [(0, segment.rows)]
+    width = segment.width
+    return [(unit * width, width) for unit in segment.units_of(tensor.rank, tensor.size)]

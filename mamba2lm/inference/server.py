@@ -580,6 +580,12 @@ def serve(config: ServeConfig, engine: Engine, model_name: str) -> None:
 def main(config: ServeConfig) -> None:
     """Load the model and serve it."""
     config.validate()
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(
+            "WORLD_SIZE",
+            processes,
+            "a server is one process; start it without torchrun, one for each GPU.",
+        )
     run = load_run(config.checkpoint, device=config.device, dtype=config.dtype)
     if run.tokenizer is None:
         raise ConfigError(

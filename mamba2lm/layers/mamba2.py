@@ -19,7 +19,7 @@ from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
 from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.initialization import sample_dt_bias
-from mamba2lm.layers.mamba2_fused import Sizes, fused_mamba2, unsupported
+from mamba2lm.layers.mamba2_fused import Divided, Sizes, fused_mamba2, unsupported
 from mamba2lm.layers.mixer import (
     Mixer,
     MixerConfig,
@@ -33,6 +33,7 @@ from mamba2lm.layers.state import State
 from mamba2lm.ops.discretisation import step_sizes
 from mamba2lm.ops.dispatch import note_taken
 from mamba2lm.ops.flops import ssd_flops
+from mamba2lm.ops.ssd.carry import running_sum
 
 
 @dataclass
@@ -156,13 +157,13 @@ class Mamba2(Mixer):
         seq_idx_bl: Tensor | None = None,
         context: Passage | None = None,
     ) -> tuple[Tensor, State | None]:
-        if context is not None:
-            return self._forward_stretch(x_bld, seq_idx_bl, context), None
         if state is None and torch.is_grad_enabled():
             x_bld = x_bld.to(compute_dtype(x_bld.device, x_bld.dtype))
             if self._fuses(x_bld):
                 note_taken("mamba2", "one node of kernels")
-                return self._forward_fused(x_bld, seq_idx_bl), None
+                return self._forward_fused(x_bld, seq_idx_bl, context), None
+        if context is not None:
+            return self._forward_stretch(x_bld, seq_idx_bl, context), None
         batch, length, _ = x_bld.shape
         z_bli, xBC_blc, dt_blh = self._project(x_bld)
         conv = ops.causal_conv1d(
@@ -199,9 +200,26 @@ class Mamba2(Mixer):
             return out_bld, None
         return out_bld, state.replace(conv=conv_state.to(state["conv"].dtype), ssm=ssm_state)
 
+    def forward_divided(
+        self,
+        x_bld: Tensor,
+        tensor: TensorGroup,
+        state: State | None = None,
+        *,
+        seq_idx_bl: Tensor | None = None,
+        context: Passage | None = None,
+    ) -> tuple[Tensor, State | None]:
+        if state is None and not tensor.over_sequence and torch.is_grad_enabled():
+            x_bld = x_bld.to(compute_dtype(x_bld.device, x_bld.dtype))
+            # A bias would be added before the sum, which the node makes piece by piece.
+            if self.out_proj.bias is None and self._fuses(x_bld):
+                note_taken("mamba2", "one node of kernels, with its sums over processes")
+                return self._forward_fused(x_bld, seq_idx_bl, context, tensor), None
+        return super().forward_divided(x_bld, tensor, state, seq_idx_bl=seq_idx_bl, context=context)
+
     def _fuses(self, x_bld: Tensor) -> bool:
         """Return whether the whole mixer can run as one autograd node of kernels."""
-        if torch.compiler.is_compiling() or self.norm.shared or not x_bld.is_cuda:
+        if torch.compiler.is_compiling() or not x_bld.is_cuda:
             return False
         return unsupported(x_bld, self.conv1d.weight.squeeze(1), self._sizes()) is None
 
@@ -211,18 +229,27 @@ class Mamba2(Mixer):
             head_dim=self.config.headdim,
             groups=self.n_groups,
             state=self.config.d_state,
-            norm_group=self.norm.group_size,
+            norm_group=self.norm.run,
             eps=self.norm.eps,
             dt_limit=self.dt_limit,
         )
 
-    def _forward_fused(self, x_bld: Tensor, seq_idx_bl: Tensor | None) -> Tensor:
+    def _forward_fused(
+        self,
+        x_bld: Tensor,
+        seq_idx_bl: Tensor | None,
+        context: Passage | None = None,
+        tensor: TensorGroup | None = None,
+    ) -> Tensor:
+        summed_by = None if tensor is None else tensor.group
+        divided = Divided(self.norm.shared, summed_by, context)
         return fused_mamba2(
             x_bld, self.in_proj.weight, self.in_proj.bias,
             self.conv1d.weight.squeeze(1), self.conv1d.bias,
             self.A_log, self.D, self.dt_bias, self.norm.weight,
             self.out_proj.weight, self.out_proj.bias,
-            sizes=self._sizes(), seq_idx_bl=seq_idx_bl, keep_outputs=self.keep_outputs,
+            sizes=self._sizes(), seq_idx_bl=seq_idx_bl, divided=divided,
+            keep_outputs=self.keep_outputs,
         )  # fmt: skip
 
     def _forward_stretch(
@@ -261,10 +288,11 @@ class Mamba2(Mixer):
         delta_blh = step_sizes(
             dt_blh, dt_bias=self.dt_bias, dt_softplus=True, dt_limit=self.dt_limit
         )
-        log_decay_blh = (delta_blh.to(left_bhpn.dtype) * A_h).cumsum(dim=1)
-        entering_bhpn = context.entering_state(left_bhpn, log_decay_blh[:, -1])
-        y_blhp = y_blhp + ops.carried_outputs(
-            log_decay_blh, C_blgn, entering_bhpn, seq_idx=seq_idx_bl
+        log_a_bhl = (delta_blh.to(left_bhpn.dtype) * A_h).transpose(1, 2)
+        log_decay_bhl = running_sum(log_a_bhl)
+        entering_bhpn = context.entering_state(left_bhpn, log_decay_bhl[..., -1])
+        y_blhp = ops.add_carried_outputs(
+            y_blhp, log_decay_bhl, C_blgn, entering_bhpn, seq_idx=seq_idx_bl
         )
         return self.out_proj(self.norm(y_blhp.reshape(batch, length, self.d_inner), z_bli))
 
@@ -292,9 +320,9 @@ class Mamba2(Mixer):
                 state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias, start=self.d_inner
             ),
         )
-        z_bi, x_bi, B_bn, C_bn, dt_bh = zxBCdt.split(
-            [self.d_inner, self.d_inner, self.d_groups, self.d_groups, self.n_heads], dim=-1
-        )
+        sizes = [self.d_inner, self.d_inner, self.d_groups, self.d_groups, self.n_heads]
+        # Behind it may be padding, under tensor parallelism.
+        z_bi, x_bi, B_bn, C_bn, dt_bh = zxBCdt[..., : sum(sizes)].split(sizes, dim=-1)
         y_bhp, _ = ops.ssd_state_update(
             state["ssm"],
             x_bi.unflatten(1, (self.n_heads, config.headdim)),
@@ -328,8 +356,9 @@ class Mamba2(Mixer):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return z (…, i), x|B|C (…, c) and Δ before bias and softplus (…, h)."""
         zxBCdt = self.in_proj(x)
-        z, xBC, dt = zxBCdt.split([self.d_inner, self.d_conv_in, self.n_heads], dim=-1)
-        return z, xBC, dt
+        ends = self.d_inner, self.d_inner + self.d_conv_in
+        z, xBC, dt = zxBCdt.tensor_split(ends, dim=-1)
+        return z, xBC, dt[..., : self.n_heads]  # behind it may be padding, under tensor parallelism
 
     def new_state(
         self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -367,7 +396,7 @@ class Mamba2(Mixer):
         B = C = Segment(self.n_groups, self.config.d_state, shared_by=self.n_heads)
         heads = dt = Segment(self.n_heads)
         plan = {
-            "in_proj.weight": Split((z, x, B, C, dt)),
+            "in_proj.weight": Split((z, x, B, C, dt), pad_rows=8),
             "conv1d.weight": Split((x, B, C)),
             "A_log": Split((heads,)),
             "D": Split((heads,)),

@@ -87,6 +87,28 @@ class Mixer(nn.Module, ABC):
             passed).
         """
 
+    def forward_divided(
+        self,
+        x_bld: Tensor,
+        tensor: TensorGroup,
+        state: State | None = None,
+        *,
+        seq_idx_bl: Tensor | None = None,
+        context: Passage | None = None,
+    ) -> tuple[Tensor, State | None]:
+        """Run this process's part; return what all parts together give.
+
+        Args:
+            x_bld: What every process has the same of, or its stretch where sequences are split.
+            tensor: The processes.
+            state: As ``forward``, this process's part of it.
+            seq_idx_bl: As ``forward``.
+            context: As ``forward``.
+        """
+        given = {} if context is None else {"context": context}
+        y_bld, state = self(tensor.enter(x_bld), state, seq_idx_bl=seq_idx_bl, **given)
+        return tensor.leave(y_bld), state
+
     @abstractmethod
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
         """Run one token; may overwrite ``state``'s tensors (``clone`` it to keep it).

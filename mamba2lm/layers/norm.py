@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba2lm.distributed import TensorGroup
-from mamba2lm.ops import gated_rms_norm, rms_norm, rms_norm_residual
+from mamba2lm.ops import gated_rms_norm, gated_rms_norm_divided, rms_norm, rms_norm_residual
+from mamba2lm.ops.gated_rms_norm.divided import Runs
 
 
 def compute_dtype(device: torch.device, otherwise: torch.dtype) -> torch.dtype:
@@ -65,7 +65,8 @@ class GatedRMSNorm(nn.Module):
     def __init__(self, width: int, group_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.group_size, self.eps = group_size, eps
-        self._shared: tuple[TensorGroup, list[int], int] | None = None
+        self.shared: Runs | None = None
+        """Set where groups reach over processes."""
         self.weight = nn.Parameter(torch.empty(width))
         self.init_weights()
 
@@ -75,14 +76,14 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate ``y`` (..., width) by ``z`` (same shape) and normalise; returns y's dtype."""
-        if self._shared is not None:
-            return self._forward_shared(y, z, *self._shared)
+        if self.shared is not None:
+            return gated_rms_norm_divided(y, z, self.weight, self.shared, eps=self.eps)
         return gated_rms_norm(y, z, self.weight, eps=self.eps, group_size=self.group_size)
 
     @property
-    def shared(self) -> bool:
-        """Whether groups reach over several processes."""
-        return self._shared is not None
+    def run(self) -> int:
+        """Channels in a row that this process normalises together."""
+        return self.group_size if self.shared is None else self.shared.width(self.weight)
 
     def share_groups(self, tensor: TensorGroup, mine: list[int], groups: int) -> None:
         """Normalise over groups that reach over several processes.
@@ -92,16 +93,4 @@ class GatedRMSNorm(nn.Module):
             mine: The group of each equal run of this process's channels.
             groups: Number of groups.
         """
-        self._shared = (tensor, mine, groups)
-
-    def _forward_shared(
-        self, y: Tensor, z: Tensor, tensor: TensorGroup, mine: list[int], groups: int
-    ) -> Tensor:
-        wide = torch.promote_types(y.dtype, torch.float32)
-        gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (len(mine), -1))
-        index = torch.tensor(mine, device=y.device)
-        # One number a token and group crosses the processes, in both directions.
-        part = gated.square().sum(dim=-1)
-        total = tensor.sum(part.new_zeros(*part.shape[:-1], groups).index_add(-1, index, part))
-        scale = torch.rsqrt(total / self.group_size + self.eps).index_select(-1, index)
-        return ((gated * scale.unsqueeze(-1)).flatten(-2) * self.weight.to(wide)).to(y.dtype)
+        self.shared = Runs(tensor.group, self.group_size, tuple(mine), groups)

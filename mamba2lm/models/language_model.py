@@ -75,12 +75,12 @@ class Block(nn.Module):
         stored = self.weights.begin(tensor)
         try:
             normed_bld, x_bld = self.norm.of_sum(x_bld, added_bld)
-            y_bld, state = self.mixer(
-                tensor.enter(normed_bld), state, seq_idx_bl=seq_idx_bl, **given
+            y_bld, state = self.mixer.forward_divided(
+                normed_bld, tensor, state, seq_idx_bl=seq_idx_bl, **given
             )
         finally:
             self.weights.end(stored)
-        return x_bld, tensor.leave(y_bld), state
+        return x_bld, y_bld, state
 
     def step(
         self, x_bd: Tensor, state: State, tensor: TensorGroup | None = None

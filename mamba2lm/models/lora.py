@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mamba2lm.models.language_model import LanguageModel
 from mamba2lm.schema import ConfigError, closest
@@ -59,8 +60,14 @@ class LoRALinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight that is used, (out, in)."""
+        """The weight that is used, (out, in).
+
+        Between uses, FSDP2 keeps a part of W in its place and looks for it by this name; taking a
+        sum for W, it would train that instead, W with it.
+        """
         base = cast(Tensor, self._parameters["weight"])
+        if isinstance(base, DTensor):
+            return base
         return base + self.lora_scale * (self.lora_B @ self.lora_A)
 
 

@@ -97,6 +97,7 @@ class Checkpointer:
         self._world, self._keep_last = world, keep_last
         self._host = HostCopies(world.device)
         self._pending: _Save | None = None
+        self._prepared = False
 
     def save(
         self,
@@ -144,6 +145,17 @@ class Checkpointer:
 
     def poll(self) -> None:
         """Complete a save whose files are all there; called after every step."""
+        if not self._prepared:  # now that an update has made the moments
+            self._prepared = True
+            self._parallel.reshard()
+            self._host.reserve(
+                {
+                    saved_as: local
+                    for tensors in (_weights(self._parallel), _moments(self._optimizers))
+                    for saved_as, name, tensor in tensors
+                    if (local := to_local(tensor)).is_cuda and self._writes(name, local)
+                }
+            )
         if self._pending is not None:
             self._complete(self._pending, wait=False)
 
@@ -166,18 +178,26 @@ class Checkpointer:
         items = []
         for saved_as, name, tensor in tensors:
             local = to_local(tensor)
-            if local.ndim == 0:  # a step counter, the same everywhere
-                if self._world.is_main:
-                    items.append(_Item(saved_as, (), Piece((), ()), self._host.copy(local)))
+            if not self._writes(name, local):
+                continue
+            copy = self._host.copy(saved_as, local)
+            if local.ndim == 0:
+                items.append(_Item(saved_as, (), Piece((), ()), copy))
             elif layout is None:
                 whole = Piece((0,) * local.ndim, tuple((0, n) for n in local.shape))
-                items.append(_Item(saved_as, tuple(local.shape), whole, self._host.copy(local)))
-            elif layout.writes(name):
-                copy = self._host.copy(local)
+                items.append(_Item(saved_as, tuple(local.shape), whole, copy))
+            else:
                 shape, pieces = layout.shapes[name], layout.pieces(name)
                 items += [_Item(saved_as, shape, piece, piece.of(copy)) for piece in pieces]
                 assert sum(math.prod(piece.shape) for piece in pieces) == copy.numel(), name
         return items
+
+    def _writes(self, name: str, local: Tensor) -> bool:
+        """Return whether this process saves a parameter, or what belongs to one."""
+        layout = self._parallel.layout
+        if layout is None or local.ndim == 0:  # a step counter is the same everywhere
+            return self._world.is_main
+        return layout.writes(name)
 
     def _write(
         self,
@@ -292,30 +312,43 @@ class HostCopies:
 
     def __init__(self, device: torch.device) -> None:
         """Prepare for tensors of one device."""
-        self._buffers: list[Tensor] = []
-        self._used = 0
+        # Page-locked memory is slow to get: what one save used, the next uses again.
+        self._buffers: dict[str, Tensor] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to get memory for copies, beside whatever goes on; the first save finds it."""
+        if self._stream is None:
+            return
+
+        def get() -> None:
+            for name, tensor in tensors.items():
+                self._buffer(name, tensor)
+
+        self._reserving = threading.Thread(target=get, name="host memory", daemon=True)
+        self._reserving.start()
 
     def begin(self) -> None:
         """Start a set of copies; those of the set before are given up."""
-        self._used = 0
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 
-    def copy(self, tensor: Tensor) -> Tensor:
-        """Return a copy on the host; not there before ``arrived``."""
+    def copy(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a copy on the host; not there before ``arrived``.
+
+        Args:
+            name: Whose memory to use again, unless it does not fit.
+            tensor: On the device, or on the host already.
+        """
         tensor = tensor.detach()
         if self._stream is None or not tensor.is_cuda:
             return tensor.clone()
-        # Page-locked memory is slow to get: what one save used, the next uses again.
-        if self._used == len(self._buffers):
-            self._buffers.append(torch.empty_like(tensor, device="cpu", pin_memory=True))
-        buffer = self._buffers[self._used]
-        if buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._buffers[self._used] = buffer
-        self._used += 1
+        buffer = self._buffer(name, tensor)
         with torch.cuda.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
             self._copied = torch.cuda.Event()
@@ -331,6 +364,13 @@ class HostCopies:
         """Wait on the host for the copies."""
         if self._copied is not None:
             self._copied.synchronize()
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+            self._buffers[name] = buffer
+        return buffer
 
 
 def _weights(parallel: ParallelModel) -> Iterator[tuple[str, str, Tensor]]:

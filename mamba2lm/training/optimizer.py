@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from mamba2lm.models import LanguageModel
 from mamba2lm.models.checkpoint import StoredTensors
 from mamba2lm.models.sharding import ModelLayout
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.muon import Muon
 
 
 class OptimizerKind(Enum):
@@ -55,10 +55,22 @@ class Optimizers:
 
     def __init__(self, config: OptimizerConfig, model: LanguageModel) -> None:
         self.config = config
-        self.names: dict[Tensor, str] = {
-            parameter: name for name, parameter in model.named_parameters()
-        }
-        self.each = build_optimizers(config, model)
+        self.names: dict[Tensor, str] = {}
+        self._divided: list[tuple[nn.Parameter, nn.Parameter]] = []
+        """DTensors, and the same storage as plain parameters, which are what AdamW updates."""
+        self._parameters = list(model.parameters())
+        stepped: dict[str, nn.Parameter] = {}
+        kinds = _kinds(config, model)
+        for name, parameter in model.named_parameters():
+            stepped[name] = parameter
+            if isinstance(parameter, DTensor) and kinds.get(name) != "muon":
+                # An update of many DTensors takes the host longer than a layer takes the device.
+                stepped[name] = nn.Parameter(
+                    parameter._local_tensor.detach(), requires_grad=parameter.requires_grad
+                )
+                self._divided.append((parameter, stepped[name]))
+            self.names[stepped[name]] = name
+        self.each = build_optimizers(config, model, stepped)
 
     def set_learning_rate(self, rate: float) -> None:
         """Set every group's rate, keeping the groups' ratios."""
@@ -68,13 +80,20 @@ class Optimizers:
 
     def step(self) -> None:
         """Update the parameters."""
+        for parameter, local in self._divided:
+            # FSDP2 may have moved what does not divide evenly, when it was first used.
+            local.data = parameter._local_tensor  # type: ignore[attr-defined]
+            gradient = parameter.grad
+            local.grad = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
         for optimizer in self.each:
             optimizer.step()
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
-        for optimizer in self.each:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
+        for _, local in self._divided:
+            local.grad = None
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield every state tensor with its parameter's name and its own."""
@@ -121,28 +140,30 @@ class Optimizers:
                 optimizer.state[parameter][key] = state
 
 
-def build_optimizers(config: OptimizerConfig, model: LanguageModel) -> list[torch.optim.Optimizer]:
+def build_optimizers(
+    config: OptimizerConfig,
+    model: LanguageModel,
+    stepped: Mapping[str, nn.Parameter] | None = None,
+) -> list[torch.optim.Optimizer]:
     """Split the parameters into groups and build the optimizer of each kind.
 
     Weight decay falls on weights of two or more axes (embedding included), except those the mixers
     keep in float32. Muon takes the matrices inside the blocks.
+
+    Args:
+        config: Kinds and settings.
+        model: Whose parameters.
+        stepped: By name, what is updated in a parameter's place.
     """
-    exempt = model.float32_parameters()
-    matrices, decayed, rest = [], [], []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue  # frozen beside a LoRA
-        if name in exempt or parameter.ndim < 2 or name.endswith("conv1d.weight"):
-            rest.append(parameter)
-        elif config.kind is OptimizerKind.muon and name.startswith("layers."):
-            matrices.append(parameter)
-        else:
-            decayed.append(parameter)
+    parameters = dict(model.named_parameters()) if stepped is None else stepped
+    by_kind: dict[str, list[nn.Parameter]] = {"muon": [], "decayed": [], "plain": []}
+    for name, kind in _kinds(config, model).items():
+        by_kind[kind].append(parameters[name])
     scale = config.adamw_scale if config.kind is OptimizerKind.muon else 1.0
     groups = [
         {"params": alike, "weight_decay": decay, "lr_scale": scale}
-        for chosen, decay in ((decayed, config.weight_decay), (rest, 0.0))
-        for alike in _by_mesh(chosen)
+        for alike, decay in ((by_kind["decayed"], config.weight_decay), (by_kind["plain"], 0.0))
+        if alike
     ]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(
@@ -153,38 +174,37 @@ def build_optimizers(config: OptimizerConfig, model: LanguageModel) -> list[torc
             fused=True,
         )
     ]
-    if any(isinstance(matrix, DTensor) for matrix in matrices):
-        raise ConfigError(
-            "optimizer.kind",
-            "muon",
-            "updates whole matrices, which parallel.tensor, data_shard and context divide; use "
-            "adamw, or parallel.data_replicate alone.",
-        )
-    if matrices:
+    if by_kind["muon"]:
         optimizers.append(
-            torch.optim.Muon(
-                [{"params": matrices, "lr_scale": 1.0}],
+            Muon(
+                [{"params": by_kind["muon"], "lr_scale": 1.0}],
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
-                adjust_lr_fn="match_rms_adamw",
             )
         )
     return optimizers
 
 
+def _kinds(config: OptimizerConfig, model: LanguageModel) -> dict[str, str]:
+    """Return how every parameter that learns is updated: "muon", "decayed" or "plain"."""
+    exempt = model.float32_parameters()
+    kinds = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # frozen beside a LoRA
+        if name in exempt or parameter.ndim < 2 or name.endswith("conv1d.weight"):
+            kinds[name] = "plain"
+        elif config.kind is OptimizerKind.muon and name.startswith("layers."):
+            kinds[name] = "muon"
+        else:
+            kinds[name] = "decayed"
+    return kinds
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale gradients to a total norm of at most ``max_norm``; return the norm before, float32."""
     return nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=False)
-
-
-def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Part parameters that one fused update cannot take together; one part on a single device."""
-    parts: dict[DeviceMesh | None, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        parts.setdefault(mesh, []).append(parameter)
-    return list(parts.values())
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -30,7 +30,12 @@ def start_accelerator() -> Accelerator:
     Mixed precision stays ours (``trainer.autocast``): Accelerate's rewrites the model's forward,
     and sampling between steps would then differ from a loaded checkpoint's.
     """
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        # Gradients live where they are reduced, instead of in memory of their own too.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
 
 
 class ParallelModel:
@@ -186,8 +191,9 @@ def all_reduce_together(
     if mean:
         flat /= dist.get_world_size(group)
     parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.copy_(part.view_as(tensor))
+    torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+        tensors, [part.view_as(tensor) for tensor, part in zip(tensors, parts, strict=True)]
+    )
 
 
 def to_local(tensor: Tensor) -> Tensor:

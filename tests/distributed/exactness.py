@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from mamba2lm.distributed import Mesh, ParallelConfig
 from mamba2lm.models import LanguageModel, ModelConfig
-from mamba2lm.training.optimizer import OptimizerConfig, Optimizers
+from mamba2lm.models.lora import LoRAConfig, add_lora
+from mamba2lm.training.optimizer import OptimizerConfig, OptimizerKind, Optimizers
 from mamba2lm.training.parallelize import ParallelModel, to_local
 from tests.distributed.mixers import run_mixers
 from tests.models.small import small_config
@@ -42,6 +43,8 @@ class Case:
     micro_steps: int = 1
     recompute: bool = False
     tie: bool = True
+    lora: bool = False
+    optimizer: OptimizerKind = OptimizerKind.adamw
     slow: bool = False
 
 
@@ -72,6 +75,10 @@ CASES = {
     ),
     "dp2": Case(2, "MA", {}, micro_steps=2),
     "fsdp2": Case(2, "MSAF", {"data_shard": 2}, micro_steps=2, recompute=True),
+    "fsdp2 lora": Case(2, "MSAF", {"data_shard": 2}, lora=True),
+    "cp2 lora": Case(2, "MS", {"context": 2}, documents=True, lora=True),
+    "tp2 muon": Case(2, "MSAF", {"tensor": 2}, groups(1), optimizer=OptimizerKind.muon),
+    "fsdp2 muon": Case(2, "MSAF", {"data_shard": 2}, optimizer=OptimizerKind.muon),
     "cp2 one document": Case(2, "MSAF", {"context": 2}),
     "cp2 documents": Case(2, "MSAF", {"context": 2}, documents=True, micro_steps=2),
     "cp2 window, convolution": Case(2, "A", {"context": 2}, WINDOW, True),
@@ -86,6 +93,7 @@ CASES = {
     "cp4 one document": Case(4, "MA", {"context": 4}, WINDOW),
     "dp2 tp2": Case(4, "MSAF", {"tensor": 2, "data_replicate": 2}, micro_steps=2),
     "fsdp2 tp2": Case(4, "MSAF", {"tensor": 2, "data_shard": 2}, groups(1), True, 2),
+    "fsdp2 tp2 muon": Case(4, "MF", {"tensor": 2, "data_shard": 2}, optimizer=OptimizerKind.muon),
     "dp2 fsdp2": Case(4, "MF", {"data_shard": 2, "data_replicate": 2}),
     "cp2 tp2, sequence parallel": Case(
         4, "MSAF", {"tensor": 2, "context": 2, "sequence_parallel": True}, KV1, True
@@ -111,6 +119,8 @@ def config_of(case: Case) -> ModelConfig:
 def model_of(case: Case) -> LanguageModel:
     model = LanguageModel(config_of(case))
     model.init_weights(0)
+    if case.lora:
+        add_lora(model, LoRAConfig(rank=3))
     generator = torch.Generator().manual_seed(5)
     model = model.double()
     with torch.no_grad():
@@ -157,7 +167,7 @@ def run(case: Case) -> dict[str, float]:
     parallel = ParallelModel(
         copy.deepcopy(alone), mesh, accelerator, activation_checkpointing=case.recompute
     )
-    settings = OptimizerConfig(learning_rate=1e-2, eps=1e-6)
+    settings = OptimizerConfig(case.optimizer, learning_rate=1e-2, eps=1e-6)
     theirs, ours = Optimizers(settings, alone), Optimizers(settings, parallel.model)
     worst = dict.fromkeys(("loss", "norm", "gradients", "parameters"), 0.0)
 
@@ -200,6 +210,8 @@ def run(case: Case) -> dict[str, float]:
         worst["loss"] = max(
             worst["loss"], difference(total / mesh.copies / count, whole_loss.detach() / count)
         )
+        frozen = {name for name, p in alone.named_parameters() if p.grad is None}
+        assert {name for name, p in parallel.model.named_parameters() if p.grad is None} == frozen
         compare(
             "gradients",
             {name: p.grad for name, p in alone.named_parameters() if p.grad is not None},

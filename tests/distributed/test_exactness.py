@@ -57,3 +57,17 @@ def test_layout_is_exact(results_of: Callable[[int], Results], name: str) -> Non
     assert set(results) == {"loss", "norm", "gradients", "parameters", "generation"}
     for what, difference in results.items():
         assert difference <= 1e-9, f"{what} differs by {difference:.1e}"
+
+
+def test_the_fused_node_on_two_processes_is_the_mixer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run_on(2, "-m", "tests.distributed.fused", str(tmp_path / "results.json"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 5
+    for case, errors in results.items():
+        assert {"y", "dx", "in_proj.weight", "A_log", "norm.weight"} <= set(errors)
+        for what, error in errors.items():
+            assert error < 3e-5, f"{case}: {what} differs by {error:.1e}"

@@ -97,19 +97,25 @@ def kill_and_look(text: Path, run: Path, seconds: float, rank: int) -> None:
 def test_a_killed_process_costs_the_steps_since_the_last_save(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     kill_and_look(text, run, 0.05, rank=1)
-    # It goes on, and all hear of a signal to one.
+    # It goes on, and all hear of a signal to one, whichever.
+    for asked, code, rank in ((signal.SIGUSR1, 76, 1), (signal.SIGTERM, 75, 0)):
+        signal_and_look(text, run, asked, code, rank)
+
+
+def signal_and_look(text: Path, run: Path, asked: signal.Signals, code: int, rank: int) -> None:
+    """Send a signal to one process of a run that goes on; look at how it ends and what is saved."""
     launched = Launched(text, run)
     try:
         begin = int(checkpoints_of(run)[-1].name[-8:])
         launched.wait_until(lambda: launched.step() > begin)
-        assert "SIGUSR1" not in launched.log.read_text()
-        os.kill(launched.workers()[1], signal.SIGUSR1)
+        assert asked.name not in launched.log.read_text()
+        os.kill(launched.workers()[rank], asked)
         launched.process.wait(timeout=60)
     finally:
         launched.end()
     log = launched.log.read_text()
-    assert "stopped by SIGUSR1" in log
-    assert log.count("exitcode  : 76") + log.count("(exitcode: 76)") >= 1, log
+    assert f"stopped by {asked.name}" in log
+    assert log.count(f"exitcode  : {code}") + log.count(f"(exitcode: {code})") >= 1, log
     newest = newest_valid(run)
     assert newest is not None
     assert int(newest.name[-8:]) == launched.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,17 @@ def test_the_same_perplexity(run: Path, tmp_path: Path) -> None:
         output([*start, *arguments, "perplexity.max_tokens=400"])
         figures.append(json.loads(target.read_text())["results"]["perplexity"]["nll"])
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+def test_a_server_is_one_process(run: Path) -> None:
+    pytest.importorskip("fastapi")
+    done = subprocess.run(
+        [sys.executable, "-m", "mamba2lm.inference.server", f"checkpoint={run}"],
+        cwd=ROOT,
+        env={**os.environ, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: WORLD_SIZE=2: a server is one process" in done.stderr

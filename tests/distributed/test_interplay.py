@@ -50,15 +50,25 @@ def test_states_are_carried_beside_shards_and_saved(text: Path, tmp_path: Path) 
     assert losses(tmp_path / "again") == losses(tmp_path / "two")[2:]
 
 
-def test_lora_of_replicas_is_that_of_one_process(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["data_replicate", "data_shard"])
+def test_lora_of_two_processes_is_that_of_one(text: Path, tmp_path: Path, layout: str) -> None:
     assert run_here(command(text, tmp_path / "base")) == 0
     lora = (f"init_from={tmp_path / 'base'}", "lora.rank=4", "optimizer.kind=adamw")
     assert run_here(command(text, tmp_path / "one", *lora)) == 0
-    run_on(2, "train.py", *command(text, tmp_path / "two", *lora))
+    run_on(2, "train.py", *command(text, tmp_path / "two", *lora, f"parallel.{layout}=2"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    for layout in ("tensor", "data_shard"):
-        divided = command(text, tmp_path / "no", *lora, f"parallel.{layout}=2")
-        assert "error: lora.rank=4: trains whole matrices" in refused("train.py", *divided)
+    # What two saved half way, one goes on with.
+    half = f"resume={tmp_path / 'two/checkpoints/step_00000002'}"
+    assert run_here(command(text, tmp_path / "again", *lora, half)) == 0
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "one")[2:], rel=1e-4)
+
+
+def test_lora_of_divided_matrices_is_refused(text: Path, tmp_path: Path) -> None:
+    divided = command(
+        text, tmp_path / "no", "init_from=anything", "lora.rank=4", "parallel.tensor=2"
+    )
+    message = refused("train.py", *divided)
+    assert "error: lora.rank=4: trains whole matrices, which parallel.tensor divides" in message
     assert not (tmp_path / "no").exists()
 
 

@@ -15,10 +15,9 @@ from mamba2lm.models.checkpoint import checkpoints_of, newest_valid, pointed
 from mamba2lm.schema import ConfigError
 from mamba2lm.training import trainer as trainer_module
 from mamba2lm.training.checkpoint import SaveError
-from mamba2lm.training.optimizer import OptimizerConfig, OptimizerKind, build_optimizers
 from mamba2lm.training.run_folder import open_run
 from tests.distributed.full_disk import simulated
-from tests.training.helpers import Rows, make_trainer, text_corpus, tiny_model
+from tests.training.helpers import Rows, make_trainer, text_corpus
 
 
 def test_a_loss_spike_is_skipped_and_its_samples_named(
@@ -163,21 +162,3 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path: Path) -> None:
     (tmp_path / "run" / "lock").write_text("process 1 on a machine")
     with open_run(str(tmp_path / "run"), "auto").locked():
         pass
-
-
-def test_muon_is_refused_where_matrices_are_divided() -> None:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from mamba2lm.distributed import TensorGroup
-    from mamba2lm.models.sharding import split_model
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
-        model = split_model(tiny_model("M"), TensorGroup(mesh.get_group(), 0, 2), mesh)
-        with pytest.raises(ConfigError, match=r"optimizer\.kind='muon': updates whole matrices"):
-            build_optimizers(OptimizerConfig(OptimizerKind.muon), model)
-    finally:
-        dist.destroy_process_group()

@@ -13,6 +13,7 @@ from torch import Tensor
 from mamba2lm.models import LanguageModel
 from mamba2lm.models.checkpoint import StoredTensors
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.muon import Muon
 from mamba2lm.training.optimizer import (
     OptimizerConfig,
     OptimizerKind,
@@ -78,7 +79,7 @@ def test_muon_takes_the_matrices_inside_the_blocks(pattern: str, tied: bool) -> 
     model = tiny_model(pattern, tie_embeddings=tied)
     config = OptimizerConfig(OptimizerKind.muon, weight_decay=0.3, adamw_scale=0.5)
     adamw, muon = build_optimizers(config, model)
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     [group] = muon.param_groups
     assert names_of(model, group["params"]) == matrices_of(pattern)
     assert group["weight_decay"] == 0.3
@@ -86,6 +87,31 @@ def test_muon_takes_the_matrices_inside_the_blocks(pattern: str, tied: bool) -> 
     assert names_of(model, adamw.param_groups[0]["params"]) == ends
     everything = [p for o in (adamw, muon) for g in o.param_groups for p in g["params"]]
     assert len(everything) == len(set(everything)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_muon_is_that_of_torch(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    settings: dict[str, float] = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
+    steps = (
+        Muon([ours], **settings),
+        torch.optim.Muon([theirs], **settings, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(4):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        for optimizer in steps:
+            optimizer.step()
+        assert torch.equal(ours, theirs)
+    # Singular values of an update are about one, times 0.2 √(longer side), times the rate.
+    before = ours.detach().clone()
+    ours.grad = torch.randn(shape, generator=generator)
+    steps[0].param_groups[0]["weight_decay"] = 0.0
+    steps[0].step()
+    values = torch.linalg.svdvals((before - ours).detach()) / (0.01 * 0.2 * max(shape) ** 0.5)
+    assert 0.6 < values.min() <= values.max() < 1.3
 
 
 def test_learning_rates_keep_their_ratio() -> None:
