@@ -50,7 +50,9 @@ def test_states_are_carried_beside_shards_and_saved(text: Path, tmp_path: Path) 
     assert losses(tmp_path / "again") == losses(tmp_path / "two")[2:]
 
 
-@pytest.mark.parametrize("layout", ["data_replicate", "data_shard"])
+@pytest.mark.parametrize(
+    "layout", ["data_shard", pytest.param("data_replicate", marks=pytest.mark.slow)]
+)
 def test_lora_of_two_processes_is_that_of_one(text: Path, tmp_path: Path, layout: str) -> None:
     assert run_here(command(text, tmp_path / "base")) == 0
     lora = (f"init_from={tmp_path / 'base'}", "lora.rank=4", "optimizer.kind=adamw")
@@ -80,7 +82,14 @@ def test_a_checkpoint_in_parts_is_exported(text: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(load_run(tmp_path / "out").model(ids).logits, two(ids).logits)
 
 
-@pytest.mark.parametrize("layout", ["tensor", "data_shard", "context"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "data_shard",
+        pytest.param("tensor", marks=pytest.mark.slow),
+        pytest.param("context", marks=pytest.mark.slow),
+    ],
+)
 def test_evaluations_at_validations(text: Path, tmp_path: Path, layout: str) -> None:
     more = (
         "training.eval_every=2",
@@ -104,6 +113,7 @@ def test_states_in_parts_are_not_carried(text: Path, tmp_path: Path) -> None:
     assert "error: training.carry_state=True: needs a whole state on one process" in message
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_model_of_another_library(text: Path, tmp_path: Path) -> None:
     assert run_here(command(text, tmp_path / "run")) == 0
     export(ExportConfig(checkpoint=str(tmp_path / "run"), output=str(tmp_path / "out")))

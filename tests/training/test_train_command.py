@@ -112,7 +112,7 @@ def wait_for_steps(run: Path, steps: int, process: Any) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_and_the_run_goes_on_bit_for_bit(
     finished: Path, text: Path, tmp_path: Path, workers: int
 ) -> None:
