@@ -30,13 +30,13 @@ from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from mamba2lm.cli import CONFIGS
+from mamba2lm.cli import CONFIGS, fail
 from mamba2lm.data import DataConfig, TokenizerConfig, TokenizerKind, prepare_data
 from mamba2lm.data.loader import Corpus, training_batches
 from mamba2lm.distributed import Mesh, ParallelConfig, World
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.models.checkpoint import newest_valid
-from mamba2lm.schema import from_mapping
+from mamba2lm.schema import ConfigError, from_mapping
 from mamba2lm.training.checkpoint import Checkpointer, Progress, restore
 from mamba2lm.training.hardware import memory_in_use
 from mamba2lm.training.optimizer import OptimizerConfig, Optimizers
@@ -401,4 +401,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        fail(str(error))

@@ -466,6 +466,8 @@ def main() -> int:
     compared.add_argument("--out", type=Path)
     compared.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("steps are timed on a GPU, and PyTorch finds none here")
     (time_models if arguments.command == "time" else compare_losses)(arguments)
     return 0
 

@@ -106,7 +106,7 @@ def unsupported(x_bld: Tensor, conv_weight_cw: Tensor, sizes: Sizes) -> str | No
     return (
         conv.unsupported(x_bld, conv_weight_cw)
         or norm.unsupported(x_bld, sizes.norm_group)
-        or ssd.unsupported(x_blhp, B_blgn)
+        or ssd.reason_against(x_blhp, B_blgn)
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mamba2lm.ops import kernels, ssd
 from mamba2lm.ops.documents import document_ordinals
@@ -376,6 +377,21 @@ def test_every_shape_has_a_configuration() -> None:
 )
 def test_heads_are_shared_out_evenly(heads: int, rows: int, programs: int, block: int) -> None:
     assert launch.heads_per_program(heads, rows, programs) == block
+
+
+def test_large_float32_states_are_left_to_pytorch() -> None:
+    with FakeTensorMode():  # of a GPU that need not be there
+        for dtype, n, left in (
+            (torch.float32, 128, True),
+            (torch.float32, 64, False),
+            (torch.bfloat16, 128, False),
+        ):
+            x = torch.empty(1, 4, 2, 64, device="cuda", dtype=dtype)
+            B = torch.empty(1, 4, 1, n, device="cuda", dtype=dtype)
+            assert launch.unsupported(x, B) is None
+            assert (launch.reason_against(x, B) is not None) == left
+            narrow = torch.empty(1, 4, 2, 16, device="cuda", dtype=dtype)
+            assert (launch.unsupported(narrow, B) is None) == (dtype == torch.float32)
 
 
 def test_kernels_say_what_they_cannot_take() -> None:

@@ -164,14 +164,18 @@ def unsupported(x: Tensor, B: Tensor) -> str | None:
     return None
 
 
-def slower(x: Tensor, B: Tensor) -> bool:
-    """Say whether the kernels take longer than PyTorch: large states in true float32.
+def reason_against(x: Tensor, B: Tensor) -> str | None:
+    """Say why ``auto`` does not take the kernels, or None: they cannot, or PyTorch is faster.
 
     Args:
         x: Inputs, (b, l, h, p).
         B: Input maps, (b, l, g, n).
     """
-    return x.dtype == torch.float32 and x.shape[3] * B.shape[3] >= LARGEST_FLOAT_STATE
+    if (reason := unsupported(x, B)) is not None:
+        return reason
+    if x.dtype == torch.float32 and x.shape[3] * B.shape[3] >= LARGEST_FLOAT_STATE:
+        return f"a state of {x.shape[3]} × {B.shape[3]} in true float32 is faster in PyTorch"
+    return None
 
 
 def heads_per_program(heads_per_group: int, rows: int, programs: int) -> int:

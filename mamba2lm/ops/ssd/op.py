@@ -15,7 +15,7 @@ from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.skip_and_gate import skip_and_gate
 from mamba2lm.ops.ssd.cpu import ssd_chunked_cpu
-from mamba2lm.ops.ssd.launch import slower, ssd_triton, unsupported
+from mamba2lm.ops.ssd.launch import reason_against, ssd_triton, unsupported
 from mamba2lm.ops.ssd.reference import ssd_chunked
 
 
@@ -136,9 +136,7 @@ def ssd(
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1.")
 
-    reason = unsupported(x, B)
-    if reason is None and impl == "auto" and slower(x, B):
-        reason = "PyTorch is faster"
+    reason = reason_against(x, B) if impl == "auto" else unsupported(x, B)
     chosen = choose_impl("ssd", impl, x, cpu=True, unsupported=reason)
     if chosen == "triton":
         skip_outside = D is not None and D.ndim == 2
