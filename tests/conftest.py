@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -60,8 +61,13 @@ def shared_data() -> Path:
 def same_process_state() -> Iterator[None]:
     """Undo what a command run inside the test process sets for the whole process."""
     threads = torch.get_num_threads()
+    level = logging.root.level
     yield
     torch.set_num_threads(threads)
+    logging.root.setLevel(level)
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # of a stream that ends with this test
+            logging.root.removeHandler(handler)
     if "accelerate.state" in sys.modules:
         from accelerate.state import AcceleratorState
 

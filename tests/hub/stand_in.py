@@ -28,6 +28,7 @@ class StandIn(ThreadingHTTPServer):
         self.uploads: list[str] = []
         """Object ids in the order in which their bytes came."""
         self.fail_uploads_after: int | None = None
+        self.one_at_a_time = threading.Lock()  # the client sends several files at once
         self.requests: list[str] = []
 
     @property
@@ -151,15 +152,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         content = self.body()
-        limit = self.server.fail_uploads_after
-        if limit is not None and len(self.server.uploads) >= limit:
-            self.reply(400, {"error": "storage is on fire"})
-            return
         oid = self.path_parts()[1]
         assert hashlib.sha256(content).hexdigest() == oid
-        self.server.objects[oid] = content
-        self.server.uploads.append(oid)
-        self.reply(200, b"")
+        with self.server.one_at_a_time:
+            limit = self.server.fail_uploads_after
+            accepted = limit is None or len(self.server.uploads) < limit
+            if accepted:
+                self.server.objects[oid] = content
+                self.server.uploads.append(oid)
+        if accepted:
+            self.reply(200, b"")
+        else:
+            self.reply(400, {"error": "storage is on fire"})
 
     def do_GET(self) -> None:
         parts = self.path_parts()
