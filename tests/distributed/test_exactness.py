@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.exactness import CASES
-from tests.distributed.launch import run_on
+from tests.distributed.launch import run_by_torchrun, run_on
 from tests.distributed.mixers import divides
 from tests.layers.cases import all_cases
 
@@ -64,7 +64,8 @@ def test_the_fused_node_on_two_processes_is_the_mixer(
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    run_on(2, "-m", "tests.distributed.fused", str(tmp_path / "results.json"))
+    # Triton learns that it interprets when it is imported.
+    run_by_torchrun(2, "-m", "tests.distributed.fused", str(tmp_path / "results.json"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 5
     for case, errors in results.items():
