@@ -59,6 +59,12 @@ def test_layout_is_exact(results_of: Callable[[int], Results], name: str) -> Non
         assert difference <= 1e-9, f"{what} differs by {difference:.1e}"
 
 
+def test_weights_are_gathered_once_a_step_if_asked(results_of: Callable[[int], Results]) -> None:
+    # Four blocks, embedding and norm; two micro-batches, each with a forward and a backward pass.
+    found = results_of(2)["gathers"]
+    assert found == {"fsdp2": 2 * (2 * 4 + 1), "fsdp2 gathered once": 4 + 1}
+
+
 def test_the_fused_node_on_two_processes_is_the_mixer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
