@@ -16,7 +16,6 @@ from mamba2lm.models.checkpoint import verify
 from tests.inference import helpers
 from tests.processes import run_program
 
-REPOSITORY = Path(command.__file__).parent.parent
 TEXT = helpers.corpus()[20_000:22_000]
 
 
