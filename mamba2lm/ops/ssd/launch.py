@@ -58,6 +58,9 @@ class Blocks:
     """Columns of the state per program, at most N (``states_kernel``, ``through``)."""
     programs: int = 528
     """Loop over more heads per program as long as this many programs remain."""
+    direct: bool = False
+    """Whether rows go from memory to the matrix units without passing through registers (kernels
+    that walk the chunks)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,7 +272,8 @@ def _states(
         length, h, c, h // B.shape[2],
         BACKWARD=backward, HAS_DOCUMENTS=document is not None, HAS_INITIAL=initial is not None,
         HAS_DFINAL=dfinal is not None,
-        Q=q, P=p, N=n, P_BLOCK=p_block, N_BLOCK=n_block, PRECISION=precision,
+        Q=q, P=p, N=n, P_BLOCK=p_block, N_BLOCK=n_block, DIRECT=blocks.direct,
+        PRECISION=precision,
         warps=blocks.warps, stages=blocks.stages,
     )  # fmt: skip
     return states, dstates
@@ -349,7 +353,7 @@ def forward(
                 y, before_gate, final, *strides, length, h, c, h // g,
                 HAS_D=D is not None, HAS_Z=z is not None, HAS_DOCUMENTS=padded is not None,
                 HAS_INITIAL=initial is not None, Q=q, P=p, N=n, P_BLOCK=p_block,
-                PRECISION=config.precision, warps=blocks.warps, stages=blocks.stages,
+                DIRECT=blocks.direct, PRECISION=config.precision, warps=blocks.warps, stages=blocks.stages,
             )  # fmt: skip
             return y, final, pre
         states, _ = _states(
