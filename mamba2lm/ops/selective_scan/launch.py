@@ -161,7 +161,7 @@ class _Call:
         broken = torch.empty(b, segments, dtype=torch.float32, device=value.device)
         variant = "reverse" if reverse else ""
         self.launches(
-            kernels.ends_kernel, (-(-d // d_block), segments, b),
+            kernels.ends_kernel, (-(-d // d_block), segments - 1, b),
             value, self.dt, self.A, key, value if z is None else z,
             self.A if self.dt_bias is None else self.dt_bias,
             self.A if self.restart is None else self.restart, ends, span, broken,
