@@ -4,6 +4,7 @@
     python -m benchmarks.ops time --out results.json  forward and backward, kernels and wall
     python -m benchmarks.ops lengths --out l.json     time per token against length, and attention's
     python -m benchmarks.ops tune --out tuning.json --tuned mamba2lm/ops/ssd/tuned/sm90.json
+    python -m benchmarks.ops compile --jobs 16        what tuning will try, beforehand
 
 Nothing is timed that was not found correct in the same run.
 """
@@ -481,12 +482,14 @@ def candidates(kernel_name: str, shape: Shape, base: Config) -> list[Config]:
             dataclasses.replace(base, forward_chunk=q, **{kernel_name: blocks})
             for q, blocks in tried
         ]
-    # What the kernels beside it can be launched with at either chunk.
+    # What the kernels beside it can be launched with at another chunk.
     fitting: dict[str, Any] = {
         "states_backward": Blocks(8, 2), "through": Blocks(8, 2, n=64), "within": Blocks(8, 1),
     }  # fmt: skip
     return [
-        dataclasses.replace(base, **{**fitting, "chunk": q, kernel_name: blocks})
+        dataclasses.replace(
+            base, **{**({} if q == base.chunk else fitting), "chunk": q, kernel_name: blocks}
+        )
         for q, blocks in tried
     ]
 
@@ -495,7 +498,9 @@ def compile_once(shape: Shape, config: Config) -> str:
     """Run what ``tune`` will, on small problems, so that Triton's cache holds the binaries."""
     override_config(config)
     try:
-        inputs = draw(dataclasses.replace(shape, b=2, length=1024, h=64), torch.bfloat16, initial=False)
+        inputs = draw(
+            dataclasses.replace(shape, b=2, length=2048, h=64), torch.bfloat16, initial=False
+        )
         for run in passes(ours, inputs, torch.randn_like(inputs["x"])).values():
             run()
         small = check_shape(shape)
@@ -598,49 +603,76 @@ def best_config(found: dict[str, list[dict[str, Any]]], base: Config) -> dict[st
     return chosen
 
 
-def tune_all(
-    jobs: int,
-    out: Path | None,
-    tuned: Path | None,
-    shapes: list[str] | None,
-    kernels: list[str] | None,
-) -> list[dict[str, Any]]:
-    """Tune classes of shapes, all by default; write all timings, and entries of a tuned file."""
+@dataclass(frozen=True)
+class Work:
+    """One kernel to tune for one class of shapes."""
+
+    shape: Shape
+    kernel_name: str
+    base: Config
+    tried: list[Config]
+
+
+def tuning_work(shapes: list[str] | None, kernels: list[str] | None) -> list[Work]:
+    """List what to tune, all classes and kernels by default.
+
+    Where only some kernels of a schedule are, they keep the chunk that it has.
+    """
     by_name = {shape.name: shape for shape in SHAPES}
-    work: list[tuple[Shape, str, list[Config]]] = []
-    classes = [entry for entry in CLASSES if shapes is None or entry[0] in shapes]
-    for shape_name, names, _ in classes:
+    work: list[Work] = []
+    for shape_name, all_names, _ in CLASSES:
+        if shapes is not None and shape_name not in shapes:
+            continue
         shape = by_name[shape_name]
-        config = choose_config(
-            torch.cuda.get_device_capability()[0],
-            bits=16, rows=shape.b * shape.h, length=shape.length, p=shape.p, n=shape.n,
-        )  # fmt: skip
-        for name in names.split():
-            if kernels is not None and name not in kernels:
-                continue
+        config = shipped_config(shape)
+        names = [name for name in all_names.split() if kernels is None or name in kernels]
+        for name in names:
             chunked = name in ("states", "scan")
             base = dataclasses.replace(config, fused=None) if chunked else config
-            work.append((shape, name, candidates(name, shape, base)))
-    if jobs > 1:
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            pool.starmap(compile_once, [(s, config) for s, _, tried in work for config in tried], 1)
+            tried = candidates(name, shape, base)
+            key, together = next((k, t) for k, t in SCHEDULES if name in t)
+            if not set(together) <= set(names):
+                tried = [c for c in tried if getattr(c, key) == getattr(base, key)]
+            work.append(Work(shape, name, base, tried))
+    return work
+
+
+def compile_all(work: list[Work], jobs: int) -> None:
+    """Compile what tuning will try in several processes, which share Triton's cache."""
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        pool.starmap(compile_once, [(w.shape, c) for w in work for c in w.tried], 1)
+
+
+def tune_all(work: list[Work], out: Path | None, tuned: Path | None) -> list[dict[str, Any]]:
+    """Tune one kernel after another; write all timings, and entries of a tuned file."""
     rows: list[dict[str, Any]] = []
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for shape, name, tried in work:
-        found = results.setdefault(shape.name, {})[name] = tune(shape, name, tried)
-        rows.append({"shape": shape.name, "kernel": name, "found": found})
-        sys.stdout.write(f"{shape.name} {name} {json.dumps(found[0])}\n")
+    bases: dict[str, Config] = {}
+    for each in work:
+        found = tune(each.shape, each.kernel_name, each.tried)
+        results.setdefault(each.shape.name, {})[each.kernel_name] = found
+        bases.setdefault(each.shape.name, each.base)
+        rows.append({"shape": each.shape.name, "kernel": each.kernel_name, "found": found})
+        sys.stdout.write(f"{each.shape.name} {each.kernel_name} {json.dumps(found[0])}\n")
         sys.stdout.flush()
         if out:
             out.write_text(json.dumps(rows, indent=1) + "\n")
     if tuned:
-        bounds = {name: when for name, _, when in classes}
+        bounds = {name: when for name, _, when in CLASSES}
         entries = json.loads(tuned.read_text())
-        for name in results:
+        for name, found_by_kernel in results.items():
             entry = next(e for e in entries if _pairs(e["when"]) == _pairs(bounds[name]))
-            entry["use"] |= best_config(results[name])
+            entry["use"] |= best_config(found_by_kernel, bases[name])
         tuned.write_text(json.dumps(entries, indent=1) + "\n")
     return rows
+
+
+def shipped_config(shape: Shape) -> Config:
+    """Return the configuration that a shape has in the repository, in bfloat16."""
+    return choose_config(
+        torch.cuda.get_device_capability()[0],
+        bits=16, rows=shape.b * shape.h, length=shape.length, p=shape.p, n=shape.n,
+    )  # fmt: skip
 
 
 def _pairs(bounds: dict[str, Any]) -> dict[str, list[int]]:
@@ -662,7 +694,7 @@ def environment() -> dict[str, str]:
 def main() -> int:
     """Run one command and write its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["check", "time", "lengths", "tune"])
+    parser.add_argument("command", choices=["check", "time", "lengths", "tune", "compile"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tuned", type=Path, help="file of block sizes that tune rewrites")
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default all")
@@ -670,10 +702,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile, for tune")
     parser.add_argument("--peer-chunks", nargs="*", type=int, default=[128, 256])
     arguments = parser.parse_args()
-    if arguments.command == "tune":
-        rows = tune_all(
-            arguments.jobs, arguments.out, arguments.tuned, arguments.shapes, arguments.kernels
-        )
+    if arguments.command in ("tune", "compile"):
+        work = tuning_work(arguments.shapes, arguments.kernels)
+        if arguments.jobs > 1 or arguments.command == "compile":
+            compile_all(work, arguments.jobs)
+        if arguments.command == "compile":
+            return 0
+        rows = tune_all(work, arguments.out, arguments.tuned)
         return int(not all(any(e.get("ok") for e in row["found"]) for row in rows))
     results: dict[str, Any] = {"environment": environment(), "rows": []}
     if arguments.command == "lengths":
@@ -685,11 +720,7 @@ def main() -> int:
     for shape in SHAPES:
         if arguments.shapes and shape.name not in arguments.shapes:
             continue
-        config = choose_config(
-            torch.cuda.get_device_capability()[0],
-            bits=16, rows=shape.b * shape.h, length=shape.length, p=shape.p, n=shape.n,
-        )  # fmt: skip
-        override_config(config)
+        override_config(shipped_config(shape))
         checked = check(check_shape(shape), torch.bfloat16, packed=300)
         override_config(None)
         if not checked["ok"]:

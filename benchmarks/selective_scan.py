@@ -204,13 +204,17 @@ KERNELS = {"scan": "scan_kernel", "ends": "ends_kernel", "gradients": "gradients
 def candidates(kernel: str, base: Config) -> list[Config]:
     """List what tuning tries for one kernel."""
     blocks: Blocks = getattr(base, kernel)
+    replace = dataclasses.replace
+    if kernel == "gradients":
+        return [
+            replace(base, keep=keep, gradients=replace(blocks, steps=steps, programs=programs))
+            for steps, keep in ((4, False), (2, False), (2, True))
+            for programs in (3840, 5120)
+        ]
     return [
-        dataclasses.replace(
-            base,
-            **{kernel: dataclasses.replace(blocks, steps=steps, registers=registers)},
-        )
-        for steps in ((2, 4) if kernel == "gradients" else (4, 8))
-        for registers in (None, 128, 168, 200)
+        replace(base, **{kernel: replace(blocks, steps=steps, registers=registers)})
+        for steps in (4, 8)
+        for registers in (None, 128, 160)
     ]
 
 
@@ -225,6 +229,7 @@ def tune(shape: Shape, kernel: str, tried: Iterable[Config]) -> list[dict[str, A
         times = kernel_times(run, repeats=3)
         entry: dict[str, Any] = {
             "blocks": dataclasses.asdict(getattr(config, kernel)),
+            "keep": config.keep,
             "ms": times.get(KERNELS[kernel], 0.0),
             "all_ms": sum(times.values()),
         }
