@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from mamba2lm.data import InductionConfig, RecallConfig, SelectiveCopyingConfig, SyntheticConfig
 from mamba2lm.models import ModelConfig
 from mamba2lm.schema import ConfigError, from_mapping
-from mamba2lm.training.trainer import Precision
+from mamba2lm.training.precision import Precision
 
 T = TypeVar("T")
 
@@ -52,6 +52,11 @@ class StageConfig:
     epochs: int = 1
     batch_size: int = 256
 
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Shape of a batch, by which steps share a graph."""
+        return self.batch_size, self.length
+
 
 @dataclass
 class TestConfig:
@@ -76,6 +81,8 @@ class ModelEntry:
 
     pattern: str = "M"
     n_layers: int = 2
+    embedding_std: float = 0.02
+    """Of the initial embedding, which is the head too."""
     mixers: dict[str, Any] = field(default_factory=dict)
 
 
