@@ -138,9 +138,14 @@ def causal_mask(document_ptr, start, HAS_DOCUMENTS: tl.constexpr, Q: tl.constexp
 
 
 @triton.jit
-def weighted_columns(
-    rows, weight, DIRECT: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
+def unit_matrix(dtype: tl.constexpr, Q: tl.constexpr):
+    """Return the (q, q) unit matrix."""
+    q = tl.arange(0, Q)
+    return tl.where(q[:, None] == q[None, :], 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def weighted_columns(rows, weight, unit, DIRECT: tl.constexpr, PRECISION: tl.constexpr):
     """Return (weight ∘ rows)ᵀ in the dtype of the rows, whose positions are its columns.
 
     DIRECT: transposed by a product with the unit matrix, which is exact. So the rows go from memory
@@ -148,8 +153,6 @@ def weighted_columns(
     they pass through registers and shared memory once more.
     """
     if DIRECT:
-        q = tl.arange(0, Q)
-        unit = tl.where(q[:, None] == q[None, :], 1.0, 0.0).to(rows.dtype)
         turned = tl.dot(tl.trans(rows), unit, input_precision=PRECISION)
         weighted = (turned * weight[None, :]).to(rows.dtype)
     else:
@@ -210,6 +213,7 @@ def fused_kernel(
     if HAS_D:
         D = tl.load(D_ptr + h).to(tl.float32)
     rounded = state.to(dtype)
+    unit = unit_matrix(dtype, Q)
     total = tl.load(cum_ptr + Q - 1)
     for c in range(0, chunks):
         start = c * Q
@@ -234,7 +238,7 @@ def fused_kernel(
             rounded = state.to(dtype)
         y = tl.dot(C, tl.trans(rounded), input_precision=PRECISION) * from_start[:, None]
         y = tl.dot(M.to(dtype), x, y, input_precision=PRECISION)
-        wx = weighted_columns(x, to_end * delta, DIRECT, Q, PRECISION)
+        wx = weighted_columns(x, to_end * delta, unit, DIRECT, PRECISION)
         state = tl.dot(wx, B, state * across, input_precision=PRECISION)
         if DIRECT:
             # Here, so that this product ends before the next turn's begins: ptxas starts products
@@ -262,6 +266,7 @@ def pass_states(
     the gradient of the state that leaves a chunk.
     """
     q = tl.arange(0, Q)
+    unit = unit_matrix(value_ptrs.dtype.element_ty, Q)
     total = tl.load(cum_ptr + (chunks * Q - 1 if REVERSE else Q - 1))
     for i in range(0, chunks):
         c = chunks - 1 - i if REVERSE else i
@@ -280,7 +285,7 @@ def pass_states(
         across = decay_across(document_ptr, start, total, HAS_DOCUMENTS, Q)
         total = next_total
         weight = from_start if REVERSE else to_end * delta
-        weighted = weighted_columns(value, weight, DIRECT, Q, PRECISION)
+        weighted = weighted_columns(value, weight, unit, DIRECT, PRECISION)
         state = tl.dot(weighted, key, state * across, input_precision=PRECISION)
     return state
 
