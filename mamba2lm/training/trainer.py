@@ -389,7 +389,8 @@ class Trainer:
                     (loss * (averaged / max(count, 1.0))).backward()
                 total += loss.detach()
         self.parallel.finish_gradients()
-        grad_norm = self.parallel.clip_gradients(self.config.max_grad_norm)
+        grad_norm = self.parallel.gradient_norm()
+        self.optimizers.clip(grad_norm, self.config.max_grad_norm)
         [loss_sum] = self._sum_and_wait(total / self.world.copies)
         stop = next((n for n, asking in zip(STOP_SIGNALS, stops, strict=True) if asking), 0)
         return loss_sum / max(count, 1.0), float(grad_norm), stop
