@@ -18,6 +18,7 @@ from mamba2lm.ops.adamw.launch import unsupported
 from mamba2lm.schema import ConfigError
 from mamba2lm.training.adamw import AdamW
 from mamba2lm.training.muon import Muon
+from mamba2lm.training.parallelize import to_local
 
 
 class OptimizerKind(Enum):
@@ -109,7 +110,7 @@ class Optimizers:
                 optimizer.prepare(factor.float())
                 continue
             gradients = [
-                local_part(parameter.grad)
+                to_local(parameter.grad)
                 for group in optimizer.param_groups
                 for parameter in group["params"]
                 if parameter.grad is not None
@@ -130,7 +131,7 @@ class Optimizers:
         for parameter, local in self._divided:
             # FSDP2 may have moved what does not divide evenly, when it was first used.
             local.data = parameter._local_tensor  # type: ignore[attr-defined]
-            local.grad = None if parameter.grad is None else local_part(parameter.grad)
+            local.grad = None if parameter.grad is None else to_local(parameter.grad)
 
     def zero_grad(self) -> None:
         """Drop the gradients, and a step that was prepared with them."""
@@ -259,11 +260,6 @@ def _takes_kernel(impl: AdamWImpl, parameters: Sequence[Tensor]) -> bool:
         raise ConfigError("optimizer.impl", "triton", f"{reason}; use auto or torch.")
     # The interpreter's parameters lie on a CPU: tests ask for the kernel by name.
     return reason is None and (impl is AdamWImpl.triton or parameters[0].is_cuda)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor, sharing its storage."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:
