@@ -22,7 +22,7 @@ from .kernel_runs import (
     runs_kernels,
 )
 
-SIZES = ((1,), (63,), (7, 9), (40, 64), (3, 1000))
+SIZES = ((1,), (63,), (0, 4), (7, 9), (40, 64), (3, 1000))
 SETTINGS = Settings(rate=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=1)
 FLOAT_LIMIT = 3e-7
 """Relative error of an update against float64."""
@@ -83,6 +83,8 @@ def test_updates_match_the_reference(clipped: bool, elements: int) -> None:
         ]
         assert all(torch.equal(a, b) for a, b in zip(gradients, kept, strict=True))
     for index, (w, m, v) in enumerate(exact):
+        if not w.numel():
+            continue
         assert error(weights[index], w) <= FLOAT_LIMIT
         assert error(moments[0][index], m) <= FLOAT_LIMIT
         assert error(moments[1][index], v) <= FLOAT_LIMIT
@@ -112,13 +114,21 @@ def test_updates_of_tensors_that_lie_askew_match() -> None:
     assert torch.equal(buffer, before), "something beside the tensor was written"
 
 
+@runs_kernels
+def test_updates_of_nothing_match_nothing() -> None:
+    pytest.importorskip("triton")
+    nothing = [[torch.zeros(0, 3, device=DEVICE)] for _ in range(4)]
+    launch.Update(*nothing, [None]).launch(SETTINGS)
+    assert nothing[0][0].shape == (0, 3)
+
+
 @pytest.mark.skipif(
     kernels.INTERPRETED or torch.cuda.is_available(), reason="the same tests run directly"
 )
 def test_kernel_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
     pytest.importorskip("triton")
-    run_in_interpreter(__file__, "updates", passed=5)
+    run_in_interpreter(__file__, "updates", passed=6)
 
 
 @pytest.mark.parametrize("target", TARGETS)

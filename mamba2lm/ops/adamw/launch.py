@@ -114,6 +114,7 @@ class Update:
         addresses = [tensor.data_ptr() for row in rows for tensor in row]
         addresses += [0 if copy is None else copy.data_ptr() for copy in copies]
         self._aligned = all(address % 16 == 0 for address in addresses)
+        assert factor is None or factor.data_ptr() % 16 == 0, "the factor is a part of something"
         table = torch.tensor(addresses, dtype=torch.int64)
         if self._device.type == "cuda":
             table = table.pin_memory()
@@ -127,6 +128,8 @@ class Update:
         Autograd does not see it; ``torch.autograd.graph.increment_version`` tells it.
         """
         s, blocks, chunks = settings, self._blocks, self._chunks
+        if len(chunks.owner) == 0:  # this process has no part of these
+            return
         factor = chunks.size if self._factor is None else self._factor
         key = (blocks, self._factor is None, self._copied, self._aligned)
         launch = Launches(self._device, "adamw", *key)
