@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class AdamW(torch.optim.Optimizer):
             eps: Added to the root of the latter.
         """
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self._prepared: list[_Prepared] | None = None
+        self._prepared: list[_Part] | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim >= 2:
@@ -48,34 +48,35 @@ class AdamW(torch.optim.Optimizer):
                 stay as they are.
         """
         self._prepared = []
+        known: dict[int, int] = {}
+        """Numbers of steps by the tensor that holds them, which parameters share."""
         for group in self.param_groups:
-            by_step: dict[int, list[Tensor]] = {}
+            by_step: dict[int, list[_One]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
+                gradient = parameter.grad
+                if gradient is None:
                     continue
                 state = self.state[parameter]
                 if not state:
-                    state["step"] = torch.tensor(0.0)
+                    state["step"] = _UNTAKEN
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
-                by_step.setdefault(int(state["step"]) + 1, []).append(parameter)
-            for number, parameters in by_step.items():
-                self._prepared.append(self._prepare(group, number, parameters, factor))
-
-    def _prepare(
-        self, group: dict[str, Any], number: int, parameters: list[Tensor], factor: Tensor | None
-    ) -> _Prepared:
-        states = [self.state[parameter] for parameter in parameters]
-        copies = [kept_copy(parameter) for parameter in parameters]
-        update = Update(
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [None if copy is None else copy.tensor for copy in copies],
-            factor,
-        )
-        return _Prepared(group, number, parameters, copies, update)
+                count = state["step"]
+                number = known.get(id(count))
+                if number is None:
+                    number = known[id(count)] = int(count) + 1
+                one = _One(parameter, gradient, state, kept_copy(parameter))
+                by_step.setdefault(number, []).append(one)
+            for number, ones in by_step.items():
+                update = Update(
+                    [one.parameter for one in ones],
+                    [one.gradient for one in ones],
+                    [one.state["exp_avg"] for one in ones],
+                    [one.state["exp_avg_sq"] for one in ones],
+                    [None if one.copy is None else one.copy.tensor for one in ones],
+                    factor,
+                )
+                self._prepared.append(_Part(group, number, ones, update))
 
     def forget(self) -> None:
         """Drop what was prepared: the step is not taken."""
@@ -102,27 +103,36 @@ class AdamW(torch.optim.Optimizer):
                 )
             )
         for part in prepared:  # while the device works
-            states = [self.state[parameter] for parameter in part.parameters]
-            changed = [*part.parameters, *(s["exp_avg"] for s in states)]
-            changed += [s["exp_avg_sq"] for s in states]
-            changed += [c.tensor for c in part.copies if c is not None and c.tensor is not None]
+            changed = [one.parameter for one in part.ones]
+            for name in ("exp_avg", "exp_avg_sq"):
+                changed += [one.state[name] for one in part.ones]
+            copies = [one.copy.tensor for one in part.ones if one.copy is not None]
+            changed += [copy for copy in copies if copy is not None]
             torch.autograd.graph.increment_version(changed)
-            for parameter, state, copy in zip(part.parameters, states, part.copies, strict=True):
-                state["step"].fill_(float(part.number))
-                if copy is not None:
-                    copy.mark(parameter)
+            count = torch.tensor(float(part.number))
+            for one in part.ones:
+                one.state["step"] = count
+                if one.copy is not None:
+                    one.copy.mark(one.parameter)
 
 
-class _Prepared:
+_UNTAKEN = torch.tensor(0.0)
+"""Number of steps of a parameter that has taken none; read only, as every such tensor."""
+
+
+class _One(NamedTuple):
+    """A parameter to update."""
+
+    parameter: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+    copy: Copy | None
+
+
+class _Part(NamedTuple):
     """An update of parameters of one group that have been updated equally often."""
 
-    def __init__(
-        self,
-        group: dict[str, Any],
-        number: int,
-        parameters: list[Tensor],
-        copies: list[Copy | None],
-        update: Update,
-    ) -> None:
-        self.group, self.number, self.parameters = group, number, parameters
-        self.copies, self.update = copies, update
+    group: dict[str, Any]
+    number: int
+    ones: list[_One]
+    update: Update

@@ -152,8 +152,12 @@ class Optimizers:
                         yield self.names[parameter], key, value.detach()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return every state tensor as ``<parameter name>::<state name>``, on the CPU."""
-        return {f"{n}::{key}": value.cpu().contiguous() for n, key, value in self.tensors()}
+        """Return a copy of every state tensor as ``<parameter name>::<state name>``, on the CPU."""
+        # Copies: parameters may share what counts their steps.
+        return {
+            f"{n}::{key}": value.to("cpu", copy=True).contiguous()
+            for n, key, value in self.tensors()
+        }
 
     def load(self, stored: StoredTensors, layout: ModelLayout | None) -> None:
         """Restore what was saved as ``<parameter name>::<state name>``.
