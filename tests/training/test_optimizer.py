@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from mamba2lm.training.optimizer import (
     build_optimizers,
 )
 from tests.ops.kernel_runs import DEVICE, run_in_interpreter, runs_kernels
-from tests.training.helpers import tiny_model
+from tests.training.helpers import make_trainer, recall_corpus, tiny_model
 
 # The matrices of each mixer that are products with the stream; all else is never decayed.
 MATRICES = {
@@ -275,12 +276,37 @@ def test_a_step_that_is_not_taken_one_pass_leaves_no_trace() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="for the interpreter: its trainer has no GPU")
+def test_a_run_in_one_pass_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    corpus = recall_corpus()
+    runs = []
+    for folder, resume in (("whole", "never"), ("rest", str(tmp_path / "whole"))):
+        if folder == "rest":
+            last = tmp_path / "whole" / "checkpoints" / "step_00000004"
+            shutil.rmtree(last)
+        trainer = make_trainer(
+            tmp_path / folder,
+            corpus,
+            tiny_model("F", vocab_size=corpus.vocab_size),
+            resume=resume,
+            optimizer=OptimizerConfig(impl=AdamWImpl.triton),
+            max_steps=4,
+            save_every=2,
+        )
+        assert trainer.progress.step == (0 if folder == "whole" else 2)
+        assert trainer.fit()
+        assert isinstance(trainer.optimizers.each[0], AdamW)
+        runs.append(list(trainer.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.skipif(
     kernels.INTERPRETED or torch.cuda.is_available(), reason="the same tests run directly"
 )
 def test_one_pass_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_in_interpreter(__file__, "one_pass", passed=3)
+    run_in_interpreter(__file__, "one_pass", passed=4)
 
 
 @pytest.mark.gpu
@@ -296,7 +322,7 @@ def test_training_in_one_pass_is_that_of_torch_and_its_copies_stay_true(pattern:
         model.cuda()
         optimizers = Optimizers(OptimizerConfig(learning_rate=3e-3, impl=impl), model)
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(264, (4, 129), generator=generator).cuda()
+        ids = torch.randint(32, (4, 129), generator=generator).cuda()
         losses[impl] = []
         for _ in range(12):
             with torch.autocast("cuda", torch.bfloat16):
