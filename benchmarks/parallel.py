@@ -141,7 +141,7 @@ class Run:
                     (loss * (averaged / self.tokens)).backward()
             total += loss.detach()
         self.parallel.finish_gradients()
-        self.parallel.clip_gradients(1.0)
+        self.optimizers.clip(self.parallel.gradient_norm(), 1.0)
         self.before_update()
         self.optimizers.step()
         self.optimizers.zero_grad()
