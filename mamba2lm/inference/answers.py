@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -165,7 +164,7 @@ class Answer:
         self.tokens = 0
         self.include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._head = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "id": f"{self.prefix}-{server.random.getrandbits(128):032x}",
             "created": int(time.time()),
             "model": server.model_name,
             "system_fingerprint": None,
@@ -340,8 +339,7 @@ class EventStream(Response):
             self._server.duration.observe(time.perf_counter() - self._began)
 
     async def _write(self, send: Send) -> None:
-        async def event(value: object) -> None:
-            data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        async def event(data: str) -> None:
             body = f"data: {data}\n\n".encode()
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
@@ -350,22 +348,28 @@ class EventStream(Response):
         head = answer.head(answer.chunk_kind)
         if answer.include_usage:
             head["usage"] = None
+        # What all events begin with is written once.
+        start = _json(head).removesuffix("}") + ', "choices": ['
         try:
             async with asyncio.timeout(self._server.config.request_timeout):
                 for choice in answer.opening(running):
-                    await event({**head, "choices": [choice]})
+                    await event(f"{start}{_json(choice)}]}}")
                 async for i, piece in running.pieces():
                     answer.tokens += piece.tokens
                     for choice in answer.delta(i, piece, running):
-                        await event({**head, "choices": [choice]})
+                        await event(f"{start}{_json(choice)}]}}")
             if answer.include_usage:
-                await event({**head, "choices": [], "usage": answer.usage(running)})
+                await event(_json({**head, "choices": [], "usage": answer.usage(running)}))
             await event("[DONE]")
         except ApiError as error:
-            await event(error.body)
+            await event(_json(error.body))
         except TimeoutError:
-            await event(timed_out().body)
+            await event(_json(timed_out().body))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def busy(status: int, message: str) -> ApiError:

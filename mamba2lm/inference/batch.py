@@ -57,12 +57,12 @@ class Slot:
 
 
 @dataclass
-class DrawnToken:
-    """A token as the host sees it."""
+class DrawnTokens:
+    """What one row has drawn, as the host sees it."""
 
-    token_id: int
-    """−1 where the model's output is not finite."""
-    logprob: TokenLogprob | None
+    token_ids: list[int]
+    """One a step; −1 where the model's output is not finite."""
+    logprobs: list[TokenLogprob] | None
 
 
 class Flight:
@@ -94,27 +94,26 @@ class Flight:
         host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
         return host.copy_(stacked, non_blocking=True)
 
-    def tokens(self) -> list[list[DrawnToken]]:
-        """Wait for it; return for each step one token a row."""
+    def tokens(self) -> list[DrawnTokens]:
+        """Wait for it; return one after the other what each row has drawn."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        token_tb, logprob_tb, top_tbw, top_token_tbw = (
-            [] if tensor is None else tensor.tolist() for tensor in self._fetched
+        token_bt, logprob_bt, top_btw, top_token_btw = (
+            [] if tensor is None else tensor.transpose(0, 1).tolist() for tensor in self._fetched
         )
-        steps = []
-        for t, token_b in enumerate(token_tb):
-            step = []
-            for i, slot in enumerate(self.slots):
-                logprob = None
-                if slot.logprobs is not None:
-                    top = []
-                    if slot.logprobs:
-                        pairs = zip(top_token_tbw[t][i], top_tbw[t][i], strict=True)
-                        top = list(pairs)[: slot.logprobs]
-                    logprob = TokenLogprob(token_b[i], logprob_tb[t][i], top)
-                step.append(DrawnToken(token_b[i], logprob))
-            steps.append(step)
-        return steps
+        # Steps run over a few more rows than there are.
+        drawn = [DrawnTokens(token_t, None) for token_t in token_bt[: len(self.slots)]]
+        for i, (slot, row) in enumerate(zip(self.slots, drawn, strict=True)):
+            if slot.logprobs is None:
+                continue
+            row.logprobs = []
+            for t, token_id in enumerate(row.token_ids):
+                top = []
+                if slot.logprobs:
+                    pairs = zip(top_token_btw[i][t], top_btw[i][t], strict=True)
+                    top = list(pairs)[: slot.logprobs]
+                row.logprobs.append(TokenLogprob(token_id, logprob_bt[i][t], top))
+        return drawn
 
 
 class Batch:

@@ -13,6 +13,7 @@ import contextlib
 import hmac
 import logging
 import os
+import random
 import secrets
 import signal
 import socket
@@ -98,6 +99,8 @@ class Server:
         self.draining = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self.created = int(time.time())
+        # For ids and seeds: a generator of ours, as asking the system each time takes long.
+        self.random = random.Random(secrets.randbits(128))
         self.worker = Worker(
             engine, max_waiting=config.max_waiting, session_bytes=config.session_mib << 20
         )
@@ -316,7 +319,7 @@ class Server:
             ids.append(tokens)
             texts.append(text)
         max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
-        seed = secrets.randbits(62) if asked.seed is None else asked.seed
+        seed = self.random.getrandbits(62) if asked.seed is None else asked.seed
         # best_of chooses by log-probabilities, whether or not they are shown.
         logprobs = asked.logprobs if best_of == n or asked.logprobs is not None else 0
         requests: list[Request | Turn] = []
@@ -375,7 +378,7 @@ class Server:
         limit = asked.max_completion_tokens
         limit = asked.max_tokens if limit is None else limit
         limit = self.config.max_new_tokens if limit is None else limit
-        seed = secrets.randbits(62) if asked.seed is None else asked.seed
+        seed = self.random.getrandbits(62) if asked.seed is None else asked.seed
         requests: list[Request | Turn] = [
             Request(
                 ids,
