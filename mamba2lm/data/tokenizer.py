@@ -264,6 +264,10 @@ class Tokenizer:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
+    def to_json(self) -> str:
+        """Return what `tokenizer.json` holds."""
+        return self._inner.to_str()
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that an id of a byte-level tokenizer stands for.
 

@@ -32,6 +32,7 @@ from mamba2lm.inference.request import EngineStats, Event, Job, Request
 from mamba2lm.inference.sampling import MAX_LOGPROBS, SamplingConfig
 from mamba2lm.inference.session import Session
 from mamba2lm.inference.state_cache import StateCache
+from mamba2lm.inference.structured import Constraints
 from mamba2lm.models import LanguageModel, ModelState
 from mamba2lm.schema import ConfigError, closest
 
@@ -97,8 +98,13 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         self.sync_every = sync_every if sync_every is not None else 8 if on_gpu else 1
         self._overlap = on_gpu
+        self.constraints = Constraints(tokenizer, model.vocab_size)
         self.batch = Batch(
-            model, max_rows, recurrent_dtype=STATE_DTYPES[state_dtype], graphs=cuda_graphs
+            model,
+            max_rows,
+            recurrent_dtype=STATE_DTYPES[state_dtype],
+            graphs=cuda_graphs,
+            masks=self.constraints.masks,
         )
         self._step_seconds = 0.0
         self._heard_at = 0.0
@@ -229,6 +235,7 @@ class Engine:
             )
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
             raise ConfigError("logprobs", request.logprobs, f"must be from 0 to {MAX_LOGPROBS}.")
+        constraints = [self.constraints.begin(request.sampling) for _ in request.seeds]
         rows = [
             Row(
                 self.tokenizer,
@@ -239,7 +246,7 @@ class Engine:
             )
             for _ in request.seeds
         ]
-        job = Job(request, rows, listener)
+        job = Job(request, rows, listener, constraints)
         self._waiting.append(job)
         return job
 
@@ -316,6 +323,7 @@ class Engine:
                         seed=seed,
                         seen=seen,
                         logprobs=request.logprobs,
+                        constraint=job.constraints[index],
                     )
                 )
                 states.append(job.read)
@@ -374,6 +382,7 @@ class Engine:
             self._overlap
             and len(slots) >= _OVERLAPPED
             and not any(slot.owner[0].request.keep_state for slot in slots)
+            and not self.batch.constrained
         )
 
     def _stride(self) -> int:
@@ -386,6 +395,8 @@ class Engine:
             streamed = streamed or job.request.stream
             left = max(left, slot.left)
         count = min(self.sync_every, left)
+        if self.batch.constrained:
+            return 1
         if streamed:
             count = min(count, max(int(DELIVERY_SECONDS / max(self._step_seconds, 1e-6)), 1))
         return count
@@ -424,6 +435,13 @@ class Engine:
             if row.finish_reason is None and len(finite) < flight.steps:
                 failed[job] = RuntimeError("the model's output is not finite")
                 continue
+            if slot.constraint is not None and row.finish_reason is None:
+                try:
+                    if slot.constraint.take(finite[0]):
+                        text += row.finish("stop")
+                except ConfigError as error:
+                    failed[job] = error
+                    continue
             count = len(row.token_ids) - count
             self.stats.new_tokens += count
             logprobs = row.logprobs[-count:] if count and job.request.logprobs is not None else []

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mamba2lm.inference.decoding import Completion, FinishReason, Row, TokenLogprob
 from mamba2lm.inference.sampling import SamplingConfig
+from mamba2lm.inference.structured import Constraint
 from mamba2lm.models import ModelState
 
 
@@ -76,10 +77,16 @@ class Job:
     """A request on its way through the engine."""
 
     def __init__(
-        self, request: Request, rows: list[Row], listener: Callable[[Event], None] | None
+        self,
+        request: Request,
+        rows: list[Row],
+        listener: Callable[[Event], None] | None,
+        constraints: Sequence[Constraint | None],
     ) -> None:
         self.request = request
         self.rows = rows
+        self.constraints = constraints
+        """What each row must follow."""
         self.listener = listener
         self.error: Exception | None = None
         """Why it ended without its texts."""

@@ -299,6 +299,7 @@ class Server:
         _require(best_of >= n, "best_of", "must be at least n.")
         _require(not (asked.stream and best_of > n), "best_of", "cannot be streamed.")
         self._check_counts(asked, max(best_of, len(prompts)))
+        await self._check_format(asked)
         _require(len(prompts) > 0, "prompt", "is empty.")
         encode = self.tokenizer.encode
         ids: list[list[int]] = []
@@ -366,6 +367,7 @@ class Server:
             _require_text(message["content"] + message["role"], "messages")
         n = asked.n or 1
         self._check_counts(asked, n)
+        await self._check_format(asked)
         top = asked.top_logprobs
         _require(top is None or bool(asked.logprobs), "top_logprobs", "needs logprobs to be true.")
         try:
@@ -404,6 +406,16 @@ class Server:
         _require(streamed, "stream_options", "needs stream to be true.")
         for stop in asked.stop or []:
             _require_text(stop, "stop")
+
+    async def _check_format(self, asked: GenerationRequest) -> None:
+        """Read what the text must follow, off the loop: a large one takes a while."""
+        if asked.response_format is None:
+            return
+        try:
+            await asyncio.to_thread(self.engine.constraints.begin, asked.sampling)
+        except ConfigError as error:
+            message = f"response_format: {error.remedy}"
+            raise ApiError(400, message, param="response_format") from error
 
     def _check_length(self, tokens: int, param: str) -> None:
         limit = self.config.max_prompt_tokens
