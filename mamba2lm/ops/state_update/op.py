@@ -82,9 +82,10 @@ def ssd_state_update(
     reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias)
     if choose_impl("ssd_state_update", impl, x, unsupported=reason) == "triton":
         check_limit(dt_limit)
-        return state_step_triton(
+        y, new, _ = state_step_triton(
             state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
         )  # fmt: skip
+        return y, new
     dtype = state_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         A = -torch.exp(A) if A_is_log else A
@@ -95,6 +96,60 @@ def ssd_state_update(
         skip = None if D is None else D.unsqueeze(-1) if D.ndim == 1 else D
         y_bhp = skip_and_gate(y_bhp.to(x.dtype), x, skip, z)
     return y_bhp, _kept(new_bhpn, state, in_place)
+
+
+def ssd_state_update_normed(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    z: Tensor,
+    norm: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    A_is_log: bool = False,
+    early: bool = False,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advance the SSD recurrence in place, and do of the gated RMSNorm behind it what is local.
+
+    The rest, a factor a row and group, is ``linear_step``'s ``scale``; so a layer needs no pass
+    between its recurrence and its product.
+
+    Args:
+        norm: The norm's weight, (h·p,).
+
+    Other Args: as ``ssd_state_update``.
+
+    Returns:
+        y · SiLU(z) · norm (b, h, p) in the dtype of x, and the sums of the squares of y · SiLU(z)
+        over equal parts of (h, p), in order: (b, parts), float32, the parts a multiple of h.
+
+    Raises:
+        ValueError: A tensor of the wrong shape.
+    """
+    expect_shape("norm", norm, "hp", {"hp": x.shape[1] * x.shape[2]})
+    reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias, norm)
+    if choose_impl("ssd_state_update_normed", impl, x, unsupported=reason) == "triton":
+        check_limit(dt_limit)
+        y_bhp, _, squares_bs = state_step_triton(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, True, early,
+            norm,
+        )  # fmt: skip
+        assert squares_bs is not None
+        return y_bhp, squares_bs
+    y_bhp, _ = ssd_state_update(
+        state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
+        dt_limit=dt_limit, A_is_log=A_is_log, in_place=True, impl=impl,
+    )  # fmt: skip
+    wide_bhp = y_bhp.to(state_dtype(x))
+    squares_bh = wide_bhp.square().sum(dim=-1)
+    return (wide_bhp * norm.unflatten(0, x.shape[1:])).to(x.dtype), squares_bh.float()
 
 
 def selective_state_update(
@@ -160,9 +215,10 @@ def selective_state_update(
     reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias)
     if choose_impl("selective_state_update", impl, x, unsupported=reason) == "triton":
         check_limit(dt_limit)
-        return state_step_triton(
+        y, new, _ = state_step_triton(
             state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
         )  # fmt: skip
+        return y, new
     dtype = state_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         A = -torch.exp(A) if A_is_log else A
