@@ -106,6 +106,7 @@ PARTS = ("", "bias residual", "norm taps", "gate groups residual", "norm bias tw
         (replace(ROWS, folded=False), 17, 64, 33),
         # The last of four parts of 40 inputs in tiles of 16 has none.
         (replace(ROWS, k=16, split=4), 17, 40, 33),
+        (replace(ROWS, flip=True), 17, 40, 33),
     ],
 )
 def test_linear_matches_the_reference(
@@ -278,7 +279,7 @@ def cast_all(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 )
 def test_kernels_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
-    run_in_interpreter(__file__, "match", passed=47)
+    run_in_interpreter(__file__, "match", passed=52)
 
 
 @pytest.mark.gpu
@@ -328,7 +329,9 @@ def test_shared_sums_are_whole_and_the_same_every_time(
 ) -> None:
     """Programs end in another order every time, and hundreds of kernels share their counts."""
     linear_launch.override_blocks(
-        linear_launch.Blocks(n=64, k=128, warps=4, rows=64, stages=3, split=split)
+        linear_launch.Blocks(
+            n=64, k=128, warps=4, rows=64, stages=3, split=split, flip=bool(split % 2)
+        )
     )
     inputs = linear_inputs(rows, k, n, "bias taps residual")
     inputs = {name: cast(value, torch.bfloat16) for name, value in inputs.items()}
@@ -438,7 +441,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
         blocks = replace(VECTOR, k=256) if rows == 1 else replace(ROWS, n=64, k=64, stages=3)
         compile_kernel(
             kernel,
-            {**parts, "NORMED": split == 1, "SQUARES": 3 * (split > 1), "SPLIT": split,
+            {**parts, "NORMED": split == 1, "SQUARES": 3 * (split > 1), "SPLIT": split, "FLIP": split > 1,
              "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 4, "ROWS": rows,
              "STAGES": blocks.stages},
             types, target, num_warps=blocks.warps,

@@ -65,6 +65,8 @@ class Blocks:
     """Tiles asked for before waiting for the previous kernel; a power of two with ``rows``."""
     split: int = 1
     """With ``rows``: programs that share an output's inputs; the norm is then not folded."""
+    flip: bool = False
+    """With ``rows``: whether the rows are the left factor."""
 
 
 MOST_SHARED = 8192
@@ -284,7 +286,7 @@ def linear_step_triton(
                 0 if residual is None else residual.stride(0), kept.stride(0), start, channels,
                 eps, warps=blocks.warps, stages=blocks.stages, chain=chain,
                 **parts, ROWS=blocks.rows, BLOCK_N=blocks.n, BLOCK_K=tile, STAGES=blocks.stages,
-                SPLIT=blocks.split, AHEAD=blocks.ahead, CHAIN=chain,
+                SPLIT=blocks.split, FLIP=blocks.flip, AHEAD=blocks.ahead, CHAIN=chain,
             )  # fmt: skip
         else:
             assert b == 1

@@ -238,7 +238,7 @@ def last_sum(value, part_ptr, arrived_ptr, SPLIT: tl.constexpr):
     return value, last
 
 
-@triton.jit(do_not_specialize=["start", "r_size"])
+@triton.jit(do_not_specialize=["r_size"])
 def rows_kernel(
     x_ptr, z_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
     taps_ptr, taps_bias_ptr, kept_ptr, squares_ptr, parts_ptr, arrived_ptr,
@@ -247,9 +247,12 @@ def rows_kernel(
     TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, SQUARES: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
+    SPLIT: tl.constexpr, FLIP: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Make ``BLOCK_N`` outputs of up to ``ROWS`` rows; as ``vector_kernel`` otherwise.
+
+    W is the left factor, so that few rows waste little of the tensor cores; with ``FLIP`` the rows
+    are, and neighbouring outputs lie in one thread.
 
     What is loaded before waiting, ``AHEAD`` tiles of W, goes no further than the cache. With
     ``SPLIT`` so many programs share the inputs of each group, and the last to end adds up.
@@ -270,7 +273,7 @@ def rows_kernel(
         prefetch(rows_ptr + tl.minimum(line, k_size - 1)[None, :])
     wait_for_previous(CHAIN)
     for g in tl.static_range(GROUPS):
-        total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+        total = tl.zeros((ROWS, BLOCK_N) if FLIP else (BLOCK_N, ROWS), tl.float32)
         if NORMED:
             squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
         for i in tl.range(first, last, num_stages=STAGES):
@@ -290,17 +293,26 @@ def rows_kernel(
                 norm = tl.load(norm_ptr + k[:, None], mask=inside[:, None], other=0.0)
                 x, square = gate_and_square(x, z, norm, GATED, NORMED)
                 squares += square
-            total = tl.dot(w, x.to(w.dtype), total, input_precision="ieee")
+            x = x.to(w.dtype)
+            if FLIP:
+                total = tl.dot(tl.trans(x), tl.trans(w), total, input_precision="ieee")
+            else:
+                total = tl.dot(w, x, total, input_precision="ieee")
         if NORMED:
-            total *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)[None, :]
+            scale = tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
+            total *= scale[:, None] if FLIP else scale[None, :]
         if SQUARES > 0:
-            total *= scale_of(squares_ptr, g, r, r < r_size, eps, GROUPS, WIDTH, SQUARES)[None, :]
+            scale = scale_of(squares_ptr, g, r, r < r_size, eps, GROUPS, WIDTH, SQUARES)
+            total *= scale[:, None] if FLIP else scale[None, :]
         if g == 0:
             value = total
         else:
             value += total
-    n, r = n[:, None], r[None, :]
-    mask = (n < n_size) & here
+    if FLIP:
+        n, r = n[None, :], r[:, None]
+    else:
+        n, r = n[:, None], r[None, :]
+    mask = (n < n_size) & (r < r_size)
     if SPLIT == 1:
         around = load_around(
             n, r, mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
