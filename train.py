@@ -29,17 +29,17 @@ from mamba2lm.models.lora import add_lora
 from mamba2lm.schema import ConfigError, from_mapping
 from mamba2lm.training.checkpoint import SaveError
 from mamba2lm.training.dry_run import report_dry_run
-from mamba2lm.training.metrics import Tracking, WandbTracker
-from mamba2lm.training.parallelize import start_accelerator
-from mamba2lm.training.run_folder import RunFolder, check_same_run, open_run
-from mamba2lm.training.trainer import (
+from mamba2lm.training.faults import (
     EXIT_DIVERGED,
     EXIT_REQUEUE,
     EXIT_STOPPED,
     EXIT_UNSAVED,
     NonFiniteError,
-    Trainer,
 )
+from mamba2lm.training.metrics import Tracking, WandbTracker
+from mamba2lm.training.parallelize import start_accelerator
+from mamba2lm.training.run_folder import RunFolder, check_same_run, open_run
+from mamba2lm.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

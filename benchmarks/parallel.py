@@ -41,8 +41,8 @@ from mamba2lm.training.checkpoint import Checkpointer, Progress, restore
 from mamba2lm.training.hardware import memory_in_use
 from mamba2lm.training.optimizer import OptimizerConfig, Optimizers
 from mamba2lm.training.parallelize import ParallelModel, start_accelerator
+from mamba2lm.training.precision import autocast
 from mamba2lm.training.run_folder import RunFolder
-from mamba2lm.training.trainer import autocast
 
 LOSS_TOLERANCE = 2e-2
 """How far the losses of the first steps may lie apart: bfloat16 sums in another order."""

@@ -16,10 +16,10 @@ from mamba2lm.distributed import ParallelConfig
 from mamba2lm.models import ModelConfig
 from mamba2lm.models.lora import LoRAConfig
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.metrics import Tracking
 from mamba2lm.training.optimizer import OptimizerConfig
 from mamba2lm.training.schedule import ScheduleConfig
-from mamba2lm.training.trainer import TrainingConfig
 
 
 @dataclass

@@ -15,8 +15,8 @@ from mamba2lm.config import TrainConfig
 from mamba2lm.data.tokenizer import TokenizerKind
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.training.optimizer import OptimizerKind
+from mamba2lm.training.precision import Precision
 from mamba2lm.training.schedule import ScheduleKind
-from mamba2lm.training.trainer import Precision
 from tests.models.composing import train_config
 
 PRESETS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))

@@ -23,7 +23,7 @@ from eval.sweep.summary import CONFIG, summarise
 from mamba2lm.cli import script
 from mamba2lm.inference.loading import choose_device
 from mamba2lm.schema import ConfigError
-from mamba2lm.training.trainer import matmul_dtype
+from mamba2lm.training.precision import matmul_dtype
 
 log = logging.getLogger("eval.sweep")
 

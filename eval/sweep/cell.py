@@ -28,7 +28,7 @@ from eval.sweep.config import Decay, Order, StageConfig, SweepConfig
 from eval.sweep.data import Examples, SweepData
 from mamba2lm.models import LanguageModel
 from mamba2lm.training.optimizer import OptimizerConfig, build_optimizers
-from mamba2lm.training.trainer import matmul_dtype
+from mamba2lm.training.precision import matmul_dtype
 
 # Steps taken before one is captured: kernels compile and caches fill in them.
 _WARMUP = 3

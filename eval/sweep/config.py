@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from mamba2lm.data import InductionConfig, RecallConfig, SelectiveCopyingConfig, SyntheticConfig
 from mamba2lm.models import ModelConfig
 from mamba2lm.schema import ConfigError, from_mapping
-from mamba2lm.training.trainer import Precision
+from mamba2lm.training.precision import Precision
 
 T = TypeVar("T")
 

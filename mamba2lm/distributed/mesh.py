@@ -173,6 +173,31 @@ class Mesh:
                 degrees.context,
             )
 
+    def check_length(self, length: int) -> None:
+        """Refuse sequences that do not divide over the processes that share them.
+
+        Args:
+            length: Tokens of a sequence.
+
+        Raises:
+            ConfigError: No multiple, or stretches would be shorter than convolutions.
+        """
+        context = self.degrees.context
+        split = self.tensor is not None and self.tensor.over_sequence
+        parts = context * (self.degrees.tensor if split else 1)
+        if length % parts:
+            raise ConfigError(
+                "data.sequence_length",
+                length,
+                f"must be a multiple of {parts}, the processes that share a sequence "
+                "(parallel.context, and parallel.tensor with sequence_parallel).",
+            )
+        if context > 1 and length // context < 4:
+            raise ConfigError(
+                "data.sequence_length", length, f"must be at least {4 * context}: "
+                "4 tokens for each of parallel.context.",
+            )  # fmt: skip
+
     @property
     def copies(self) -> int:
         """Number of processes that read the same tokens, and hence have the same loss."""

@@ -16,8 +16,6 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 
 from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
@@ -267,6 +265,9 @@ class Attention(Mixer):
         seen = context.offset + length
         k_btkp, v_btkp = k_btkp[:, :seen], v_btkp[:, :seen]
         if context.document_bt is None and self.config.window is None:
+            # Imported here: it brings torch's compiler, a second of every program's start.
+            from torch.nn.attention.bias import causal_lower_right
+
             mask = causal_lower_right(length, seen)
         else:
             key_t = torch.arange(seen, device=x_bld.device)
@@ -377,6 +378,9 @@ class Attention(Mixer):
         shared = self.n_heads // self.n_kv_heads
         if shared > 1:
             k_blkp, v_blkp = (x.repeat_interleave(shared, dim=2) for x in (k_blkp, v_blkp))
+        # As above.
+        from torch.nn.attention.varlen import varlen_attn
+
         y_thp = varlen_attn(
             *(x.flatten(0, 1) for x in (q_blhp, k_blkp, v_blkp)),
             cu_seq_q=bounds,

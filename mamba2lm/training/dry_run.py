@@ -21,11 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mamba2lm.data.loader import Corpus, training_batches
 from mamba2lm.distributed import Degrees, ParallelConfig, World
 from mamba2lm.models import LanguageModel, ModelConfig
+from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.hardware import memory_available, peak_flops
 from mamba2lm.training.optimizer import OptimizerConfig
+from mamba2lm.training.precision import autocast, matmul_dtype
 from mamba2lm.training.run_folder import RunFolder
 from mamba2lm.training.schedule import ScheduleConfig
-from mamba2lm.training.trainer import Trainer, TrainingConfig, autocast, matmul_dtype
+from mamba2lm.training.trainer import Trainer
 
 LONGEST_STEP = 60.0
 """Seconds; a step expected to take longer is not run."""
@@ -258,12 +260,10 @@ def _one_step(
         world_size=trainer.mesh.data_size,
     )
     begin = time.perf_counter()
-    loss, grad_norm, _ = trainer.forward_backward(
-        [next(batches) for _ in range(trainer.micro_steps)]
-    )
+    gradient = trainer.forward_backward([next(batches) for _ in range(trainer.micro_steps)])
     trainer.optimizers.step()
     speed = training.batch_size * corpus.sequence_length / (time.perf_counter() - begin)
     return (
-        f"loss {loss:.4f}, gradient norm {grad_norm:.2f}, "
+        f"loss {gradient.loss:.4f}, gradient norm {gradient.norm:.2f}, "
         f"{speed:,.0f} tokens/s (the first step is slower than the rest)"
     )

@@ -27,7 +27,7 @@ from mamba2lm.training.optimizer import clip_gradients
 def start_accelerator() -> Accelerator:
     """Join the processes that torchrun or accelerate started, on a GPU each or on the CPU.
 
-    Mixed precision stays ours (``trainer.autocast``): Accelerate's rewrites the model's forward,
+    Mixed precision stays ours (``precision.autocast``): Accelerate's rewrites the model's forward,
     and sampling between steps would then differ from a loaded checkpoint's.
     """
     return Accelerator(

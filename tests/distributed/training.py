@@ -20,7 +20,8 @@ from accelerate import Accelerator
 
 from mamba2lm.distributed import ParallelConfig
 from mamba2lm.training.checkpoint import SaveError
-from mamba2lm.training.trainer import NonFiniteError, Trainer
+from mamba2lm.training.faults import NonFiniteError
+from mamba2lm.training.trainer import Trainer
 from tests.distributed.full_disk import simulated
 from tests.training.helpers import make_trainer, text_corpus, tiny_model
 

@@ -23,7 +23,7 @@ from eval.sweep.summary import best_points, draw
 from mamba2lm.cli import CONFIGS, typed
 from mamba2lm.data import RecallConfig, generate
 from mamba2lm.schema import ConfigError
-from mamba2lm.training.trainer import Precision
+from mamba2lm.training.precision import Precision
 
 CPU = torch.device("cpu")
 STAGES = [

@@ -26,11 +26,13 @@ from mamba2lm.data import (
 from mamba2lm.distributed import ParallelConfig, World
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.models.config import default_mixers
+from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.metrics import Tracker
 from mamba2lm.training.optimizer import OptimizerConfig
+from mamba2lm.training.precision import Precision
 from mamba2lm.training.run_folder import open_run
 from mamba2lm.training.schedule import ScheduleConfig
-from mamba2lm.training.trainer import Precision, Trainer, TrainingConfig
+from mamba2lm.training.trainer import Trainer
 from tests.data.texts import prose
 
 ROOT = Path(__file__).resolve().parents[2]

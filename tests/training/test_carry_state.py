@@ -17,6 +17,7 @@ from mamba2lm.data.sampler import StreamOrder
 from mamba2lm.models import LanguageModel
 from mamba2lm.schema import ConfigError
 from mamba2lm.training.metrics import read_metrics
+from mamba2lm.training.objective import Gradient
 from mamba2lm.training.optimizer import OptimizerConfig
 from mamba2lm.training.trainer import Trainer
 from tests.training.helpers import (
@@ -176,16 +177,16 @@ def test_a_step_that_is_not_finite_is_not_carried_on(tmp_path: Path) -> None:
     learn = trainer.forward_backward
     seen: list[float] = []
 
-    def spoil(micro_batches: list[dict[str, Tensor]]) -> tuple[float, float, bool]:
-        loss, norm, stop = learn(micro_batches)
-        seen.append(loss)
+    def spoil(micro_batches: list[dict[str, Tensor]]) -> Gradient:
+        gradient = learn(micro_batches)
+        seen.append(gradient.loss)
         if len(seen) == 1:
             assert trainer.carried is not None
             state = trainer.carried.before(0, torch.ones(ROWS, dtype=torch.bool))
             state.layers[0]["ssm"].fill_(math.nan)
             trainer.carried.after(0, state)
-            return math.nan, norm, stop
-        return loss, norm, stop
+            gradient.loss = math.nan
+        return gradient
 
     trainer.forward_backward = spoil  # type: ignore[method-assign]
     assert trainer.fit()

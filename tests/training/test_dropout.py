@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.dropout import Dropout
-from mamba2lm.training.trainer import TrainingConfig
 from tests.inference import helpers
 from tests.training.helpers import make_trainer, text_corpus
 from tests.training.test_resume import assert_same_checkpoint, curve, sigterm_at, step_folder

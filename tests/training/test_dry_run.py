@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mamba2lm.training import dry_run
 from mamba2lm.training.dry_run import estimate_memory, readable_bytes
-from mamba2lm.training.trainer import autocast
+from mamba2lm.training.precision import autocast
 from tests.training.helpers import (
     run_here,
     text_corpus,

@@ -13,7 +13,7 @@ import torch
 
 from mamba2lm.models.checkpoint import checkpoints_of, newest_valid, pointed
 from mamba2lm.schema import ConfigError
-from mamba2lm.training import trainer as trainer_module
+from mamba2lm.training import faults
 from mamba2lm.training.checkpoint import SaveError
 from mamba2lm.training.run_folder import open_run
 from tests.distributed.full_disk import simulated
@@ -23,7 +23,7 @@ from tests.training.helpers import Rows, make_trainer, text_corpus
 def test_a_loss_spike_is_skipped_and_its_samples_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "SPIKE_WINDOW", 4)
+    monkeypatch.setattr(faults, "SPIKE_WINDOW", 4)
     trainer = make_trainer(
         tmp_path / "run", text_corpus(tmp_path), max_steps=9, spike_sigmas=6.0, save_every=3
     )

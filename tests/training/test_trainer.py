@@ -15,14 +15,11 @@ from torch import Tensor, nn
 from mamba2lm.models.checkpoint import checkpoints_of, pointed, verify
 from mamba2lm.ops import dispatch
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.config import TrainingConfig
+from mamba2lm.training.faults import NonFiniteError
+from mamba2lm.training.meter import mean
 from mamba2lm.training.metrics import read_metrics
-from mamba2lm.training.trainer import (
-    Meter,
-    NonFiniteError,
-    Precision,
-    TrainingConfig,
-    matmul_dtype,
-)
+from mamba2lm.training.precision import Precision, matmul_dtype
 from tests.training.helpers import Rows, make_trainer, recall_corpus, text_corpus, tiny_model
 
 
@@ -61,10 +58,10 @@ def test_micro_batches_of_uneven_labels_give_the_gradient_of_the_whole(tmp_path:
             {name: tensor[begin : begin + micro] for name, tensor in batch.items()}
             for begin in range(0, 4, micro)
         ]
-        loss, grad_norm, stop = trainer.forward_backward(parts)
-        assert not stop
-        assert loss == pytest.approx(expected.item(), rel=1e-6)
-        assert grad_norm == pytest.approx(norm, rel=1e-4)
+        gradient = trainer.forward_backward(parts)
+        assert not any(gradient.flags)
+        assert gradient.loss == pytest.approx(expected.item(), rel=1e-6)
+        assert gradient.norm == pytest.approx(norm, rel=1e-4)
         for name, parameter in fresh.named_parameters():
             torch.testing.assert_close(
                 parameter.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: n + m
@@ -75,13 +72,13 @@ def test_a_step_without_any_label_changes_no_weight_by_its_gradient(tmp_path: Pa
     batch = uneven_batch()
     batch["labels"].fill_(-100)
     trainer = make_trainer(tmp_path, recall_corpus())
-    loss, grad_norm, _ = trainer.forward_backward([batch])
-    assert (loss, grad_norm) == (0.0, 0.0)
+    gradient = trainer.forward_backward([batch])
+    assert (gradient.loss, gradient.norm) == (0.0, 0.0)
 
 
 def test_gradients_are_clipped_in_the_loop(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, recall_corpus(), max_grad_norm=0.01)
-    _, norm, _ = trainer.forward_backward([uneven_batch()])
+    norm = trainer.forward_backward([uneven_batch()]).norm
     assert norm > 0.1
     gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
     assert torch.cat(gradients).norm().item() == pytest.approx(0.01, rel=1e-3)
@@ -113,7 +110,7 @@ def test_validation_is_the_mean_over_the_held_out_labels(tmp_path: Path) -> None
             logits = trainer.model(sample["input_ids"], seq_idx=sample.get("seq_idx")).logits
             total += F.cross_entropy(logits[0], sample["labels"][0], reduction="sum").item()
             count += int((sample["labels"] != -100).sum())
-    figures = trainer.evaluate()
+    figures = trainer.validation.held_out()
     assert count == held_out.tokens
     assert figures["val_loss"] == pytest.approx(total / count, rel=1e-5)
     assert figures["val_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
@@ -238,7 +235,7 @@ def test_many_bad_steps_in_a_row_end_the_run(
 def scripted(trainer: Any, figures: list[float]) -> None:
     """Make validations give these losses."""
     waiting = iter(figures)
-    trainer.evaluate = lambda: {"val_loss": next(waiting), "val_perplexity": 1.0}
+    trainer.validation.held_out = lambda alive: {"val_loss": next(waiting), "val_perplexity": 1.0}
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -288,7 +285,7 @@ def test_rows_average_the_steps_since_the_last_row(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [3, 6, 7]
     expected = [sum(each[:3]) / 3, sum(each[3:6]) / 3, each[6]]
     assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-6)
-    assert math.isnan(Meter.mean([]))
+    assert math.isnan(mean([]))
 
 
 def test_shares_of_a_step() -> None:
