@@ -100,7 +100,7 @@ def candidates(product: Product, rows: int) -> list[Blocks]:
         Blocks(n=n, k=k, warps=w, rows=rows, stages=s, folded=False, ahead=4)
         for n, k, w, s in tiles
     ]
-    if rows == 64:
+    if rows == 64 and not product.wide:
         # The rows as the left factor, and as many programs as there are processors, or two each.
         for n, k, w, s in [(64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 8, 4), (32, 128, 4, 3)]:
             programs, most = -(-product.n // n), min(16, -(-product.k // k))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mamba2lm import ops
+from mamba2lm.layers.mamba2 import Mamba2, Mamba2Config
+from mamba2lm.layers.norm import RMSNorm
 from mamba2lm.ops import Convolution, Norm, Scale, kernels
 from mamba2lm.ops.draw.launch import draw_greedily
 from mamba2lm.ops.linear_step import launch as linear_launch
@@ -38,6 +40,7 @@ def tuned_again() -> Iterator[None]:
     with torch.no_grad():
         yield
     linear_launch.override_blocks(None)
+    linear_launch.override_scales(False)
     state_launch.override_blocks(None)
 
 
@@ -257,6 +260,32 @@ def test_normed_state_update_matches_the_gated_norm(h: int, p: int, g: int, n: i
 
 
 @runs_kernels
+@pytest.mark.parametrize("blocks", [VECTOR, ROWS, replace(ROWS, k=16, split=2, flip=True)])
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_layers_that_leave_the_norms_scale_match(
+    blocks: linear_launch.Blocks, ngroups: int
+) -> None:
+    rows = 5 if blocks.rows else 1
+    linear_launch.override_blocks(blocks)
+    config = Mamba2Config(d_state=16, headdim=16, ngroups=ngroups, chunk_size=8)
+    torch.manual_seed(0)
+    mixer = Mamba2(config, 32)
+    mixer.init_weights()
+    mixer = mixer.to(DEVICE)
+    mixer.norm.weight.add_(randn(*mixer.norm.weight.shape))
+    norm = RMSNorm(32, 1e-5).to(DEVICE)
+    found = {}
+    for scales in (False, True):
+        linear_launch.override_scales(scales)
+        x, state = randn(rows, 32), mixer.new_state(rows)
+        for _ in range(3):
+            x, state = mixer.step_block(x, norm, state)
+        found[scales] = [x, *(state[name] for name in state)]
+    for mine, theirs in zip(*found.values(), strict=True):
+        assert relative_error(mine, theirs.double()) <= FLOAT_LIMIT
+
+
+@runs_kernels
 @pytest.mark.parametrize("kind", list(UPDATES))
 def test_state_update_without_optional_arguments_matches_the_reference(kind: str) -> None:
     inputs = state_inputs(kind, 2, 4, 16, 1, 16)
@@ -279,7 +308,7 @@ def cast_all(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 )
 def test_kernels_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
-    run_in_interpreter(__file__, "match", passed=52)
+    run_in_interpreter(__file__, "match", passed=58)
 
 
 @pytest.mark.gpu
@@ -441,7 +470,8 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
         blocks = replace(VECTOR, k=256) if rows == 1 else replace(ROWS, n=64, k=64, stages=3)
         compile_kernel(
             kernel,
-            {**parts, "NORMED": split == 1, "SQUARES": 3 * (split > 1), "SPLIT": split, "FLIP": split > 1,
+            {**parts, "NORMED": split == 1, "SQUARES": 3 * (split > 1), "SPLIT": split,
+             "FLIP": split > 1,
              "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 4, "ROWS": rows,
              "STAGES": blocks.stages},
             types, target, num_warps=blocks.warps,
