@@ -26,7 +26,7 @@ from mamba2lm.inference.worker import Piece, SessionBusyError, SessionGoneError,
 from mamba2lm.schema import ConfigError
 
 if TYPE_CHECKING:
-    from mamba2lm.inference.server import Server
+    from mamba2lm.inference.app import Server
 
 LAST_WORDS = 5
 """Seconds for what has to be written when time is up."""
