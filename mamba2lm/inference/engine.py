@@ -431,17 +431,20 @@ class Engine:
             finite = tokens.token_ids
             if -1 in finite:
                 finite = finite[: finite.index(-1)]
-            text = row.extend(finite, tokens.logprobs) if finite else ""
+            try:
+                if slot.constraint is not None:
+                    slot.constraint.check()
+                text = row.extend(finite, tokens.logprobs) if finite else ""
+                if slot.constraint is not None and finite and row.finish_reason is None:
+                    (token_id,) = finite
+                    if slot.constraint.take(token_id):
+                        text += row.finish("stop")
+            except ConfigError as error:
+                failed[job] = error
+                continue
             if row.finish_reason is None and len(finite) < flight.steps:
                 failed[job] = RuntimeError("the model's output is not finite")
                 continue
-            if slot.constraint is not None and row.finish_reason is None:
-                try:
-                    if slot.constraint.take(finite[0]):
-                        text += row.finish("stop")
-                except ConfigError as error:
-                    failed[job] = error
-                    continue
             count = len(row.token_ids) - count
             self.stats.new_tokens += count
             logprobs = row.logprobs[-count:] if count and job.request.logprobs is not None else []

@@ -33,10 +33,11 @@ _KEPT = 64
 class Constraint:
     """A row's place in what its text must follow."""
 
-    def __init__(self, matcher: LLMatcher, key: str) -> None:
-        """Begin with a matcher of one's own; ``key`` is the config key, for errors."""
+    def __init__(self, matcher: LLMatcher, key: str, text: str) -> None:
+        """Begin with a matcher of one's own; the config key and its value are for errors."""
         self.matcher = matcher
         self._key = key
+        self._text = text
 
     def take(self, token_id: int) -> bool:
         """Go on by a token; return whether the text is complete and nothing may follow.
@@ -44,12 +45,19 @@ class Constraint:
         Raises:
             ConfigError: It grew beyond what the package holds.
         """
-        if not self.matcher.consume_token(token_id):
-            raise ConfigError(self._key, None, f"cannot be followed: {self._why()}.")
+        self.matcher.consume_token(token_id)
+        self.check()
         return self.matcher.is_stopped()
 
-    def _why(self) -> str:
-        return " ".join(self.matcher.get_error().split())[:300]
+    def check(self) -> None:
+        """Refuse to go on where the package could not.
+
+        Raises:
+            ConfigError: It grew beyond what the package holds.
+        """
+        if self.matcher.is_error():
+            why = " ".join(self.matcher.get_error().split())[:300]
+            raise ConfigError(self._key, self._text[:80], f"cannot be followed: {why}")
 
 
 class Constraints:
@@ -77,19 +85,17 @@ class Constraints:
         if wanted is None:
             return None
         kind, text = wanted
-        key = f"sampling.{kind}"
-        if importlib.util.find_spec("llguidance") is None:
-            raise ConfigError(
-                key, text[:80], "needs the package llguidance; pip install 'mamba2lm[structured]'."
-            )
         with self._lock:
             found = self._read.get(wanted)
-            if found is None:
-                found = self._read[wanted] = self._compiled(kind, text)
-                if len(self._read) > _KEPT:
-                    self._read.popitem(last=False)
+        if found is None:
+            # A large one takes a while, in which others go on.
+            found = self._compiled(kind, text)
+        with self._lock:
+            self._read[wanted] = found
             self._read.move_to_end(wanted)
-            return Constraint(found.deep_copy(), key)
+            if len(self._read) > _KEPT:
+                self._read.popitem(last=False)
+            return Constraint(found.deep_copy(), f"sampling.{kind}", text)
 
     def masks(self, constraints: Sequence[Constraint]) -> Tensor:
         """Return which tokens may come next in each, found in parallel threads.
@@ -120,6 +126,12 @@ class Constraints:
         )
 
     def _compiled(self, kind: str, text: str) -> LLMatcher:
+        if importlib.util.find_spec("llguidance") is None:
+            raise ConfigError(
+                f"sampling.{kind}",
+                text[:80],
+                "needs the package llguidance; pip install 'mamba2lm[structured]'.",
+            )
         from llguidance import LLMatcher
 
         read = {

@@ -117,6 +117,22 @@ def test_a_free_batch_goes_back_to_whole_strides() -> None:
     built.run([other])
 
 
+def test_a_constraint_that_cannot_go_on_fails_its_request_alone() -> None:
+    built = engine(max_rows=4)
+    job = built.submit(Request([5, 6], SamplingConfig(regex="[a-z]{40}"), 60))
+    other = built.submit(Request([5, 7], SamplingConfig(), 30, ignore_eos=True))
+    built.advance()
+    built.advance()
+    (constraint,) = job.constraints
+    assert constraint is not None
+    constraint.matcher.consume_token(helpers.tokenizer().encode("9")[0])
+    built.run([job, other])
+    assert isinstance(job.error, ConfigError)
+    assert "cannot be followed" in str(job.error)
+    assert len(other.completions()[0].token_ids) == 30
+    assert not built.batch.slots
+
+
 @pytest.mark.parametrize("tokenizer", [Tokenizer.of_bytes(), helpers.tokenizer()])
 def test_masks_allow_exactly_what_may_follow(tokenizer: Tokenizer) -> None:
     size = tokenizer.vocab_size + 7
