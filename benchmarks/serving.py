@@ -141,15 +141,19 @@ class PacedEngine(Engine):
         self._prefill = PacedPrefill(model, self.cache, self.stats, chunk=2048, fail=self._fail)
 
 
-def asked_for(count: int, vocab_size: int = VOCAB_SIZE) -> list[dict[str, Any]]:
-    """Return requests of 16 to 400 prompt tokens and as many new ones, the same every time."""
+def asked_for(count: int, longest: int) -> list[dict[str, Any]]:
+    """Return requests of 16 to 400 prompt tokens and 16 to ``longest`` new ones, always the same."""
     torch.manual_seed(0)
     return [
         {
-            "prompt": torch.randint(0, vocab_size, (prompt,)).tolist(),
+            "prompt": torch.randint(0, VOCAB_SIZE, (prompt,)).tolist(),
             "max_tokens": new, "temperature": 0, "ignore_eos": True,
         }
-        for prompt, new in torch.randint(16, 400, (count, 2)).tolist()
+        for prompt, new in zip(
+            torch.randint(16, 400, (count,)).tolist(),
+            torch.randint(16, longest, (count,)).tolist(),
+            strict=True,
+        )
     ]  # fmt: skip
 
 
@@ -221,9 +225,11 @@ def streamed(
     }
 
 
-def compare(engine: Engine, *, clients: int, requests: int, processes: int) -> dict[str, Any]:
+def compare(
+    engine: Engine, *, clients: int, requests: int, processes: int, longest: int
+) -> dict[str, Any]:
     """Run the requests offline, then streamed."""
-    asked = asked_for(requests)
+    asked = asked_for(requests, longest)
     offline(engine, asked[:80])  # compiles
     used = time.process_time()
     alone = offline(engine, asked)
@@ -232,6 +238,7 @@ def compare(engine: Engine, *, clients: int, requests: int, processes: int) -> d
     return {
         "clients": clients,
         "requests": requests,
+        "longest": longest,
         **{name: round(value, 5) for name, value in found.items()},
         "offline_tokens_per_second": round(alone),
         "offline_us_per_token": round(used / found["new_tokens"] * 1e6, 3),
@@ -247,6 +254,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, help="a stand-in that takes so long a step")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--longest", type=int, default=400, help="most new tokens of a request")
     parser.add_argument("--processes", type=int, default=2, help="that the clients run in")
     options = parser.parse_args()
     if (options.preset is None) == (options.step_ms is None):
@@ -266,7 +274,11 @@ def main() -> None:
         engine = PacedEngine(options.step_ms, options.clients)
         about |= {"step_ms": options.step_ms}
     entry = about | compare(
-        engine, clients=options.clients, requests=options.requests, processes=options.processes
+        engine,
+        clients=options.clients,
+        requests=options.requests,
+        processes=options.processes,
+        longest=options.longest,
     )
     log.info("%s", entry)
     results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else []

@@ -149,7 +149,7 @@ def state_step_triton(
     if dt_weight is not None:
         dt_weight = dt_weight.contiguous()
         # What a program holds of the weight is much more than of the state.
-        rank, rows = dt_weight.shape[1], min(rows, 32)
+        rank, rows = dt_weight.shape[1], min(rows, 16)
     low, high = dt_limit
     clamp = limit_binds(dt_softplus, low, high)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias, norm, dt_weight)
