@@ -142,7 +142,7 @@ class PacedEngine(Engine):
 
 
 def asked_for(count: int, longest: int) -> list[dict[str, Any]]:
-    """Return requests of 16 to 400 prompt tokens and 16 to ``longest`` new ones, always the same."""
+    """Return requests of 16 to 400 prompt tokens and 16 to ``longest`` new, always the same."""
     torch.manual_seed(0)
     return [
         {
