@@ -42,6 +42,7 @@ from mamba2lm.training.hardware import memory_in_use
 from mamba2lm.training.optimizer import OptimizerConfig, Optimizers
 from mamba2lm.training.parallelize import ParallelModel, start_accelerator
 from mamba2lm.training.precision import autocast
+from mamba2lm.training.profile import profile_step
 from mamba2lm.training.run_folder import RunFolder
 
 LOSS_TOLERANCE = 2e-2
@@ -176,49 +177,18 @@ class Run:
         if self.device.type != "cuda":
             return {}
         self.wait()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with profile_step(self.device) as profile:
             self.step()
             self.wait()
-        assert profile.profiler is not None
-        # Not profile.events(), which takes a minute for the kernels of a large model.
-        recorded = profile.profiler.kineto_results.events()
-        events = [e for e in recorded if e.device_type() == torch.autograd.DeviceType.CUDA]
-        names = [event.name() for event in events]
-        spans = [
-            (
-                event.start_ns() / 1000,
-                (event.start_ns() + event.duration_ns()) / 1000,
-                "nccl" in name.lower(),
-            )
-            for event, name in zip(events, names, strict=True)
-        ]
-        everything = covered([(a, b) for a, b, _ in spans])
-        nccl = covered([(a, b) for a, b, is_nccl in spans if is_nccl])
-        computing = covered([(a, b) for a, b, is_nccl in spans if not is_nccl])
-        whole = max(b for _, b, _ in spans) - min(a for a, _, _ in spans)
         row: dict[str, Any] = {
-            "nccl_share": nccl / whole,
-            "exposed_nccl_share": (everything - computing) / whole,
-            "idle_share": 1 - everything / whole,
+            "nccl_share": profile.communication,
+            "exposed_nccl_share": profile.exposed,
+            "idle_share": profile.idle,
         }
         if kernels:
-            totals: dict[str, list[float]] = {}
-            for name, (begin, end, _) in zip(names, spans, strict=True):
-                total = totals.setdefault(name[:100], [0.0, 0])
-                total[0] += (end - begin) / 1000
-                total[1] += 1
-            slowest = sorted(totals.items(), key=lambda item: -item[1][0])[:kernels]
-            row["kernels"] = {name: [round(ms, 3), int(n)] for name, (ms, n) in slowest}
+            slowest = list(profile.kernels.items())[:kernels]
+            row["kernels"] = {name: [round(ms, 3), n] for name, (ms, n) in slowest}
         return row
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Return the length of a union of intervals."""
-    total, end = 0.0, float("-inf")
-    for begin, stop in sorted(spans):
-        total += max(stop - max(begin, end), 0.0)
-        end = max(end, stop)
-    return total
 
 
 def measure(

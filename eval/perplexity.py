@@ -98,36 +98,40 @@ class Span:
 
 
 class Tally:
-    """Losses added up by the length of their context."""
+    """Losses added up by the length of their context, on the device until they are asked for."""
 
     def __init__(self) -> None:
-        self._tokens: dict[int, int] = {}
-        self._nll: dict[int, float] = {}
+        self._tokens: dict[int, Tensor] = {}
+        self._nll: dict[int, Tensor] = {}
 
     def add(self, loss_bl: Tensor, labels_bl: Tensor, read: int = 0) -> None:
-        """Add a batch.
+        """Add a batch, without waiting for it.
 
         Args:
-            loss_bl: Nats, (b, l).
+            loss_bl: Nats, (b, l), 0 where nothing counts.
             labels_bl: (b, l), −100 where nothing counts.
             read: Tokens that every row had read before the batch.
         """
-        counts_bl = labels_bl.to(loss_bl.device) != IGNORED
-        nll_l = loss_bl.double().masked_fill(~counts_bl, 0.0).sum(dim=0).tolist()
-        tokens_l = counts_bl.sum(dim=0).tolist()
-        for position, (nll, tokens) in enumerate(zip(nll_l, tokens_l, strict=True)):
-            if tokens:
-                bin_number = (read + position).bit_length()  # context − 1 in bits
-                self._tokens[bin_number] = self._tokens.get(bin_number, 0) + tokens
-                self._nll[bin_number] = self._nll.get(bin_number, 0.0) + nll
+        nll_l = loss_bl.double().sum(dim=0)
+        tokens_l = (labels_bl != IGNORED).sum(dim=0)
+        start, stop = read, read + nll_l.shape[0]
+        while start < stop:
+            bin_number = start.bit_length()  # context − 1 in bits
+            end = min(1 << bin_number, stop)
+            part = slice(start - read, end - read)
+            for sums, of_l in ((self._nll, nll_l), (self._tokens, tokens_l)):
+                found = of_l[part].sum()
+                sums[bin_number] = sums[bin_number] + found if bin_number in sums else found
+            start = end
 
     @property
     def bins(self) -> list[ContextBin]:
         """The bins that hold any token, shortest context first."""
-        return [
-            ContextBin((1 << n >> 1) + 1, 1 << n, self._tokens[n], self._nll[n])
+        found = [
+            ContextBin((1 << n >> 1) + 1, 1 << n, int(self._tokens[n]), float(self._nll[n]))
             for n in sorted(self._tokens)
         ]
+        return [part for part in found if part.tokens]
 
 
 def held_out_documents(data: DataConfig, key: str = "perplexity.sources") -> Iterator[str]:

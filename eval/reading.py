@@ -53,7 +53,7 @@ class Reader:
             Nats (b, l), 0 where nothing is asked; and the state afterwards, None if none was
             passed.
         """
-        ids_bl, labels_bl = ids_bl.to(self.device), labels_bl.to(self.device)
+        ids_bl, labels_bl = self._moved(ids_bl), self._moved(labels_bl)
         wanted = state is not None
         losses: list[Tensor] = []
         if self.form is Form.parallel:
@@ -85,7 +85,7 @@ class Reader:
         Returns:
             (b, k, v), float32 at least.
         """
-        ids_bl, positions_bk = ids_bl.to(self.device), positions_bk.to(self.device)
+        ids_bl, positions_bk = self._moved(ids_bl), self._moved(positions_bk)
         length = ids_bl.shape[1]
         if self.form is Form.parallel and length <= self.chunk:
             return self.model(ids_bl, positions=positions_bk).logits
@@ -159,6 +159,12 @@ class Reader:
             for i, total, greedy in zip(members, total_b.tolist(), greedy_b.tolist(), strict=True):
                 results[i] = (total, greedy)
         return results
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Return a tensor on the model's device, not waiting for what a GPU still has to do."""
+        if self.device.type == "cuda" and tensor.device.type == "cpu":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _begin(self, ids_bl: Tensor, state: ModelState | None) -> ModelState:
         # A step may write into the state it is given.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from eval.reading import Reader
-from eval.sweep.config import Decay, Order, StageConfig, SweepConfig
+from eval.sweep.config import Decay, Order, SweepConfig
 from eval.sweep.data import Examples, SweepData
 from mamba2lm.models import LanguageModel
 from mamba2lm.training.optimizer import OptimizerConfig, build_optimizers
@@ -107,7 +107,7 @@ class Cell:
             self._batch: dict[tuple[int, int], Examples] = {}
             """By shape: where the batch lies that a step learns from."""
             for stage, examples in zip(self.shapes.stages, data.stages, strict=True):
-                self._batch[_shape(stage)] = Examples(
+                self._batch[stage.batch] = Examples(
                     *(each.new_zeros(stage.batch_size, each.shape[1]) for each in examples.tensors)
                 )
         self._plan = self._batches()
@@ -133,7 +133,7 @@ class Cell:
         with self._streamed():
             for _ in range(min(steps, self.steps - self.step, evaluation - self.step % evaluation)):
                 stage, rows = next(self._plan)
-                shape = _shape(self.shapes.stages[stage])
+                shape = self.shapes.stages[stage].batch
                 for target, every_example in zip(
                     self._batch[shape].tensors, self.data.stages[stage].tensors, strict=True
                 ):
@@ -281,8 +281,3 @@ class Cell:
             return contextlib.nullcontext()
         # Cached casts would be left over from outside a graph.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
-
-
-def _shape(stage: StageConfig) -> tuple[int, int]:
-    """Return what tells the shapes of two stages' batches apart."""
-    return stage.batch_size, stage.length

@@ -52,6 +52,11 @@ class StageConfig:
     epochs: int = 1
     batch_size: int = 256
 
+    @property
+    def batch(self) -> tuple[int, int]:
+        """Shape of a batch, by which steps share a graph."""
+        return self.batch_size, self.length
+
 
 @dataclass
 class TestConfig:
@@ -76,6 +81,8 @@ class ModelEntry:
 
     pattern: str = "M"
     n_layers: int = 2
+    embedding_std: float = 0.02
+    """Of the initial embedding, which is the head too."""
     mixers: dict[str, Any] = field(default_factory=dict)
 
 

@@ -62,9 +62,14 @@ class SweepData:
             _examples(config.example(stage), config.data_seed, f"train {number}", device)
             for number, stage in enumerate(data.stages)
         ]
-        # As many questions in all, so that one graph takes a step of any stage of a length.
-        questions = max(stage.position_nk.shape[1] for stage in stages)
-        self.stages = [stage.padded(questions) for stage in stages]
+        # As many questions in all of a shape, so that one graph takes a step of any of them.
+        asked: dict[tuple[int, int], int] = {}
+        for shape, stage in zip(data.stages, stages, strict=True):
+            asked[shape.batch] = max(asked.get(shape.batch, 0), stage.position_nk.shape[1])
+        self.stages = [
+            stage.padded(asked[shape.batch])
+            for shape, stage in zip(data.stages, stages, strict=True)
+        ]
         # Tests differ from training by their stream and from each other by their shape.
         self.tests = [
             _examples(config.example(test), config.data_seed, "test", torch.device("cpu"))

@@ -57,7 +57,8 @@ def summarise(folder: Path, config: SweepConfig) -> list[Point]:
     if not points:
         return []
     figures = published(config.task.value, config.preset)
-    whole = TaskResult(None, [_grid(points, len(cells))], published=figures)
+    by_length = config.task is SweepTask.induction
+    whole = TaskResult(None, [_grid(points, len(cells), items=not by_length)], published=figures)
     grids = [*whole.grids, *report.published_grid(whole)]
     report.write(
         {
@@ -78,7 +79,7 @@ def summarise(folder: Path, config: SweepConfig) -> list[Point]:
     with report.whole(folder / "summary.md") as file:
         file.write_text("\n".join(markdown), encoding="utf-8")
     with report.whole(folder / "accuracy.png") as file:
-        draw(points, file, by_length=config.task is SweepTask.induction)
+        draw(points, file, by_length=by_length)
     report.show(grids)
     return points
 
@@ -185,14 +186,18 @@ def _environments(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _grid(points: Sequence[Point], cells: int) -> Grid:
+def _grid(points: Sequence[Point], cells: int, *, items: bool) -> Grid:
+    """Return the table, with or without the column of items (induction has none)."""
     rows = [
         [
-            p.dataset, f"{p.length:,}", str(p.items), p.model, str(p.width), f"{p.accuracy:.4f}",
-            " ".join(f"{a:.3f}" for a in p.accuracies),
+            p.dataset, f"{p.length:,}", *([str(p.items)] if items else []), p.model, str(p.width),
+            f"{p.accuracy:.4f}", " ".join(f"{a:.3f}" for a in p.accuracies),
             " ".join(f"{rate:.1e}" for rate in p.learning_rates), str(p.cells),
         ]
         for p in points
     ]  # fmt: skip
-    columns = ["data", "length", "items", "model", "width", "accuracy", "by seed", "rates", "cells"]
+    columns = [
+        "data", "length", *(["items"] if items else []), "model", "width", "accuracy", "by seed",
+        "rates", "cells",
+    ]  # fmt: skip
     return Grid(f"Best over learning rates ({cells} cells)", columns, rows, ["accuracy"])

@@ -17,6 +17,9 @@ from torch.distributed import ProcessGroup
 # The operators below torch's functional collectives, whose Python names change between versions.
 # Eager code does not take them: each costs the host a tenth of a millisecond.
 _functional = torch.ops._c10d_functional
+# Their names since torch 2.13, which warns of the older ones.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def copy_to_parts(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -129,7 +132,7 @@ def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
         whole = _functional.wait_tensor(whole)
     else:
         whole = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-        dist.all_gather_into_tensor(whole, x, group=group)
+        _gather_into(whole, x, group=group)
     return whole if dim == 0 else torch.cat(whole.chunk(group.size()), dim=dim)
 
 
@@ -152,5 +155,5 @@ def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
         part = _functional.reduce_scatter_tensor(x, "sum", group.size(), group.group_name)
         return _functional.wait_tensor(part)
     part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(part, x, group=group)
+    _reduce_into(part, x, group=group)
     return part

@@ -28,6 +28,9 @@ class ParallelConfig:
     """Such groups with weights of their own; null takes the processes that are left over."""
     context: int = 1
     """Processes that share the length of every sequence; they share weights like data_shard."""
+    keep_gathered: bool = False
+    """Gather what data_shard and context divide once a step, not for every pass: less to send, for
+    a whole copy of the weights in the dtype of the matrix products."""
     sequence_parallel: bool = False
     """Between layers, split activations along the sequence over the processes of ``tensor``."""
     timeout: float = 600.0
@@ -51,6 +54,12 @@ class ParallelConfig:
         if self.sequence_parallel and self.tensor == 1:
             raise ConfigError(
                 "parallel.sequence_parallel", True, "splits over parallel.tensor, which is 1."
+            )
+        if self.keep_gathered and self.data_shard * self.context == 1:
+            raise ConfigError(
+                "parallel.keep_gathered",
+                True,
+                "is about weights that parallel.data_shard or parallel.context divide; both are 1.",
             )
         if not self.timeout > 0:
             raise ConfigError("parallel.timeout", self.timeout, "must be positive.")
@@ -115,6 +124,7 @@ class Mesh:
         rank: This process among all.
         data_rank: This process among those with different samples.
         data_size: How many those are.
+        keep_gathered: Whether weights stay gathered from a step's first pass to its last.
         tensor: Whom it shares tensors with; None when nobody.
         context: Whom it shares sequences with; None when nobody.
         parameters: Axes ``replicate`` (equal weights), ``shard`` (a part of the weights each) and
@@ -134,6 +144,7 @@ class Mesh:
         self.degrees = degrees = config.degrees(processes)
         self.rank = rank
         self.data_size = degrees.data_replicate * degrees.data_shard
+        self.keep_gathered = config.keep_gathered
         self.data_rank = rank // (degrees.context * degrees.tensor)
         self.tensor: TensorGroup | None = None
         self.context: ContextGroup | None = None

@@ -89,8 +89,10 @@ class Divided:
 WHOLE = Divided(norm=None, summed_by=None)
 
 OVERLAPPED = 4096
-"""Tokens from which a product whose result is added over processes is made in two parts, the first
-on its way while the second is made."""
+"""Tokens from which a product whose result is added over processes is made in parts, each on
+its way while the next is made."""
+PARTS = 2
+"""How many parts."""
 
 
 def unsupported(x_bld: Tensor, conv_weight_cw: Tensor, sizes: Sizes) -> str | None:
@@ -386,7 +388,7 @@ def _summed_product(
 ) -> tuple[Tensor, list[dist.Work]]:
     """Start on a b added over processes; it is done when what is returned beside it is."""
     out_tm = a_tk.new_empty(a_tk.shape[0], b_km.shape[1])
-    parts = 2 if a_tk.shape[0] >= OVERLAPPED else 1
+    parts = PARTS if a_tk.shape[0] >= OVERLAPPED else 1
     sums: list[dist.Work] = []
     for a_part, out_part in zip(a_tk.chunk(parts), out_tm.chunk(parts), strict=True):
         torch.mm(a_part, b_km, out=out_part)

@@ -40,6 +40,8 @@ class ModelConfig:
     vocab_multiple: int = 16
     """The embedding is padded to a multiple of this; padded ids are never predicted."""
     tie_embeddings: bool = True
+    embedding_std: float = 0.02
+    """Of the initial embedding (and head); small models on synthetic tasks need more to begin."""
     residual_in_fp32: bool = True
     norm_eps: float = 1e-5
     mixers: dict[str, Any] = field(default_factory=default_mixers)
@@ -125,6 +127,7 @@ class ModelConfig:
                 f"must be a multiple of the {size} letters of model.pattern='{self.pattern}'; "
                 f"the nearest is {nearest}.",
             )
+        require(self.embedding_std > 0, "model.embedding_std", self.embedding_std, "must be > 0.")
         for letter in dict.fromkeys(self.pattern):
             self.mixer_config(letter)
 

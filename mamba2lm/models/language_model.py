@@ -137,14 +137,14 @@ class LanguageModel(nn.Module):
     def init_weights(self, seed: int = 0) -> None:
         """Initialise every weight in place, the same for the same seed on the same device kind.
 
-        Embedding N(0, 0.02²); mixers as they say; what writes to the residual stream is divided by
-        sqrt(number of sub-layers) (Radford et al. 2019), as in the released Mambas.
+        Embedding N(0, embedding_std²); mixers as they say; what writes to the residual stream is
+        divided by sqrt(number of sub-layers) (Radford et al. 2019), as in the released Mambas.
         """
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
-            nn.init.normal_(self.embedding.weight, std=0.02)
+            nn.init.normal_(self.embedding.weight, std=self.config.embedding_std)
             if not self.config.tie_embeddings:
-                nn.init.normal_(self.lm_head.weight, std=0.02)
+                nn.init.normal_(self.lm_head.weight, std=self.config.embedding_std)
             # No gradient ever reaches the padded rows: zero now is zero for good.
             for weight in (self.embedding.weight, self.lm_head.weight):
                 weight[self.vocab_size :] = 0
@@ -376,7 +376,9 @@ class LanguageModel(nn.Module):
 
     def fingerprint(self) -> str:
         """Return a hash of the configuration and of the weights' values."""
-        digest = hashlib.sha256(json.dumps(self.config.resolved(), sort_keys=True).encode())
+        config = self.config.resolved()
+        del config["embedding_std"]  # how training began; no exported layout keeps it
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, parameter in self.named_parameters():
             digest.update(name.encode())
             data = parameter.detach().reshape(-1).contiguous().cpu()

@@ -34,6 +34,9 @@ class TrainingConfig:
     threads: int | None = None
     """CPU threads per process; null lets torch choose."""
     log_every: int = 10
+    profile_every: int = 0
+    """Profile every so many steps, which slows them, to record how much of their time goes into
+    communication; 0 never."""
     eval_every: int = 250
     """Validate every so many steps, and at the end; 0 never."""
     eval_batches: int | None = None
@@ -65,7 +68,7 @@ class TrainingConfig:
         for name in (*at_least_one, "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}", getattr(self, name), "must be ≥ 1.")
-        for name in ("eval_every", "sample_every", "sample_tokens"):
+        for name in ("eval_every", "sample_every", "sample_tokens", "profile_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"training.{name}", getattr(self, name), "must be ≥ 0.")
         for name in ("micro_batch_size", "eval_batches", "threads"):

@@ -10,6 +10,7 @@ import torch
 
 from mamba2lm.distributed import World
 from mamba2lm.training.hardware import memory_in_use, peak_flops
+from mamba2lm.training.profile import StepProfile
 
 
 class Meter:
@@ -39,6 +40,7 @@ class Meter:
         self._seconds = 0.0
         self._data_wait = 0.0
         self._waited = 0.0
+        self._profile: StepProfile | None = None
 
     def begin_step(self) -> None:
         """Start the clock."""
@@ -52,6 +54,10 @@ class Meter:
         """Count the loss of a step that was taken."""
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
+
+    def profiled(self, profile: StepProfile) -> None:
+        """Take the figures of a step that was profiled; the last before a row is written."""
+        self._profile = profile
 
     def end_step(self, *, tokens: int, waited: float) -> float:
         """Stop the clock.
@@ -93,6 +99,11 @@ class Meter:
                 "slowest_process": busy_p.index(max(busy_p)),
                 "wait_fraction": self._waited / seconds,
             }
+        if self._profile is not None:
+            row["communication_fraction"] = self._profile.communication
+            if self._profile.exposed is not None:
+                row["exposed_communication_fraction"] = self._profile.exposed
+                row["idle_fraction"] = self._profile.idle
         self._start_anew()
         return row
 

@@ -115,6 +115,7 @@ class ParallelModel:
                 mesh=parameters["replicate", "shard"],
                 mp_policy=policy,
                 ignored_params=set(self._whole_parameters()),
+                reshard_after_forward=False if self._mesh.keep_gathered else None,
             )
             register_fsdp_forward_method(module, "step")
 
@@ -129,6 +130,7 @@ class ParallelModel:
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
+            self.model.set_reshard_after_backward(last or not self._mesh.keep_gathered)
             yield
         elif self._mesh.parameters is None and not last:
             with self._accelerator.no_sync(self.call):
@@ -137,7 +139,7 @@ class ParallelModel:
             yield
 
     def reshard(self) -> None:
-        """Leave no parameter gathered, as evaluation leaves those of the outermost module."""
+        """Leave no parameter gathered, as evaluation leaves some, or all with ``keep_gathered``."""
         for module in (*self.model.blocks, self.model):
             if isinstance(module, FSDPModule):
                 module.reshard()

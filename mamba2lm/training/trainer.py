@@ -43,6 +43,7 @@ from mamba2lm.training.objective import Gradient, Objective
 from mamba2lm.training.optimizer import OptimizerConfig, Optimizers
 from mamba2lm.training.parallelize import ParallelModel
 from mamba2lm.training.precision import matmul_dtype
+from mamba2lm.training.profile import profile_step
 from mamba2lm.training.run_folder import RunFolder
 from mamba2lm.training.schedule import ScheduleConfig, learning_rate_ratio
 from mamba2lm.training.validation import Validation
@@ -197,7 +198,8 @@ class Trainer:
                 meter.begin_step()
                 micro_batches = [next(batches) for _ in range(self.micro_steps)]
                 meter.data_arrived()
-                gradient = self.forward_backward(micro_batches)
+                with self._profiled():
+                    gradient = self.forward_backward(micro_batches)
                 if self.policy.accepts(gradient.loss, gradient.norm):
                     self.checkpoints.wait_until_copied()
                     self.optimizers.step()
@@ -225,6 +227,17 @@ class Trainer:
         return self.objective.backward(
             micro_batches, max_norm=self.config.max_grad_norm, flags=self.stops.flags()
         )
+
+    @contextlib.contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """Profile the step that begins, if it is due."""
+        every = self.config.profile_every
+        if not every or (self.progress.step + 1) % every:
+            yield
+            return
+        with profile_step(self.device) as profile:
+            yield
+        self.meter.profiled(profile)
 
     def _after_step(self, metrics: Metrics | None, rate: float) -> None:
         """Log, validate, sample and save, as far as each is due."""

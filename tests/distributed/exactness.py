@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba2lm.distributed import Mesh, ParallelConfig
 from mamba2lm.models import LanguageModel, ModelConfig
@@ -75,6 +76,9 @@ CASES = {
     ),
     "dp2": Case(2, "MA", {}, micro_steps=2),
     "fsdp2": Case(2, "MSAF", {"data_shard": 2}, micro_steps=2, recompute=True),
+    "fsdp2 gathered once": Case(
+        2, "MSAF", {"data_shard": 2, "keep_gathered": True}, micro_steps=2, recompute=True
+    ),
     "fsdp2 lora": Case(2, "MSAF", {"data_shard": 2}, lora=True),
     "cp2 lora": Case(2, "MS", {"context": 2}, documents=True, lora=True),
     "tp2 muon": Case(2, "MSAF", {"tensor": 2}, groups(1), optimizer=OptimizerKind.muon),
@@ -94,6 +98,9 @@ CASES = {
     "dp2 tp2": Case(4, "MSAF", {"tensor": 2, "data_replicate": 2}, micro_steps=2),
     "fsdp2 tp2": Case(4, "MSAF", {"tensor": 2, "data_shard": 2}, groups(1), True, 2),
     "fsdp2 tp2 muon": Case(4, "MF", {"tensor": 2, "data_shard": 2}, optimizer=OptimizerKind.muon),
+    "fsdp2 tp2 gathered once": Case(
+        4, "MA", {"tensor": 2, "data_shard": 2, "keep_gathered": True}, KV2, micro_steps=2
+    ),
     "dp2 fsdp2": Case(4, "MF", {"data_shard": 2, "data_replicate": 2}),
     "cp2 tp2, sequence parallel": Case(
         4, "MSAF", {"tensor": 2, "context": 2, "sequence_parallel": True}, KV1, True
@@ -268,6 +275,33 @@ def generate_difference(alone: LanguageModel, parallel: ParallelModel, mesh: Mes
     return worst
 
 
+class CountGathers(TorchDispatchMode):
+    """Count collectives that gather into one tensor."""
+
+    gathers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.gathers += func is torch.ops.c10d._allgather_base_.default
+        return func(*args, **(kwargs or {}))
+
+
+def gathers(case: Case) -> int:
+    """Return how many times a step gathers weights."""
+    mesh = Mesh(
+        ParallelConfig(**case.parallel),
+        rank=dist.get_rank(),
+        processes=dist.get_world_size(),
+        device=torch.device("cpu"),
+    )
+    parallel = ParallelModel(model_of(case), mesh, Accelerator(cpu=True))
+    batch = batch_of(0, case.documents)
+    with CountGathers() as counted:
+        for i in range(case.micro_steps):
+            with parallel.micro_batch(last=i == case.micro_steps - 1):
+                loss_sum(parallel.call, batch).backward()
+    return counted.gathers
+
+
 def main() -> None:
     target, slow = Path(sys.argv[1]), "--slow" in sys.argv
     torch.set_num_threads(1)
@@ -285,6 +319,10 @@ def main() -> None:
         values = torch.tensor(list(worst.values()), dtype=torch.float64)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         results[name] = dict(zip(worst, values.tolist(), strict=True))
+    if size == 2:
+        results["gathers"] = {
+            name: gathers(CASES[name]) for name in ("fsdp2", "fsdp2 gathered once")
+        }
     if dist.get_rank() == 0:
         target.write_text(json.dumps(results, indent=1))
     dist.barrier()

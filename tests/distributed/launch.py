@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from tests.training.helpers import ROOT, free_port
+from tests.processes import ROOT, free_port, run_program
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
@@ -19,6 +19,14 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
 
 def run_on(processes: int, *arguments: str, timeout: float = 300) -> str:
     """Run a program on so many processes; return what they wrote, or fail with it."""
+    done = run_program(*arguments, processes=processes, timeout=timeout)
+    told = (done.stdout + done.stderr).decode()
+    assert done.returncode == 0, told
+    return told
+
+
+def run_by_torchrun(processes: int, *arguments: str, timeout: float = 300) -> str:
+    """Do the same with torchrun, from the environment that this process has."""
     done = subprocess.run(
         torchrun(processes, *arguments),
         cwd=ROOT,

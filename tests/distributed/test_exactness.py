@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.exactness import CASES
-from tests.distributed.launch import run_on
+from tests.distributed.launch import run_by_torchrun, run_on
 from tests.distributed.mixers import divides
 from tests.layers.cases import all_cases
 
@@ -59,12 +59,19 @@ def test_layout_is_exact(results_of: Callable[[int], Results], name: str) -> Non
         assert difference <= 1e-9, f"{what} differs by {difference:.1e}"
 
 
+def test_weights_are_gathered_once_a_step_if_asked(results_of: Callable[[int], Results]) -> None:
+    # Four blocks, embedding and norm; two micro-batches, each with a forward and a backward pass.
+    found = results_of(2)["gathers"]
+    assert found == {"fsdp2": 2 * (2 * 4 + 1), "fsdp2 gathered once": 4 + 1}
+
+
 def test_the_fused_node_on_two_processes_is_the_mixer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    run_on(2, "-m", "tests.distributed.fused", str(tmp_path / "results.json"))
+    # Triton learns that it interprets when it is imported.
+    run_by_torchrun(2, "-m", "tests.distributed.fused", str(tmp_path / "results.json"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 5
     for case, errors in results.items():

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
-from tests.training.helpers import ROOT, run_here, text_file, tiny_run
+from tests.processes import run_program
+from tests.training.helpers import run_here, text_file, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +24,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def output(command: list[str]) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def output(*arguments: str, processes: int | None = None) -> str:
+    done = run_program(*arguments, processes=processes)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
 
 
 def test_the_same_text(run: Path) -> None:
@@ -38,31 +35,26 @@ def test_the_same_text(run: Path) -> None:
         "generate.py", f"checkpoint={run}", "prompt=The", "max_new_tokens=40", "seed=3",
         "samples=2",
     ]  # fmt: skip
-    alone = output([sys.executable, *arguments])
+    alone = output(*arguments)
     assert len(alone) > 40
-    assert output(torchrun(2, *arguments)) == alone
+    assert output(*arguments, processes=2) == alone
 
 
 @pytest.mark.slow
 def test_the_same_perplexity(run: Path, tmp_path: Path) -> None:
     figures = []
-    for start in ([sys.executable], torchrun(2)):
-        target = tmp_path / f"{len(start)}.json"
+    for processes in (None, 2):
+        target = tmp_path / f"{processes}.json"
         arguments = ["-m", "eval", f"checkpoint={run}", "tasks=[perplexity]", f"output={target}"]
-        output([*start, *arguments, "perplexity.max_tokens=400"])
+        output(*arguments, "perplexity.max_tokens=400", processes=processes)
         figures.append(json.loads(target.read_text())["results"]["perplexity"]["nll"])
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
 
 
 def test_a_server_is_one_process(run: Path) -> None:
     pytest.importorskip("fastapi")
-    done = subprocess.run(
-        [sys.executable, "-m", "mamba2lm.inference.server", f"checkpoint={run}"],
-        cwd=ROOT,
-        env={**os.environ, "WORLD_SIZE": "2"},
-        capture_output=True,
-        text=True,
-        check=False,
+    done = run_program(
+        "-m", "mamba2lm.inference.server", f"checkpoint={run}", environment={"WORLD_SIZE": "2"}
     )
     assert done.returncode == 2
-    assert "error: WORLD_SIZE=2: a server is one process" in done.stderr
+    assert b"error: WORLD_SIZE=2: a server is one process" in done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,9 @@ import torch
 from mamba2lm.hub.export import ExportConfig, export
 from mamba2lm.inference import load_run
 from mamba2lm.training.metrics import read_metrics
-from tests.distributed.launch import run_on, torchrun
-from tests.training.helpers import ROOT, run_here, text_file, tiny_run
+from tests.distributed.launch import run_on
+from tests.processes import run_program
+from tests.training.helpers import run_here, text_file, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,9 @@ def losses(run: Path) -> list[float]:
 
 
 def refused(*arguments: str) -> str:
-    done = subprocess.run(
-        torchrun(2, *arguments), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
-    return done.stderr
+    done = run_program(*arguments, processes=2)
+    assert done.returncode == 2
+    return done.stderr.decode()
 
 
 def test_states_are_carried_beside_shards_and_saved(text: Path, tmp_path: Path) -> None:
@@ -121,11 +118,7 @@ def test_two_processes_share_a_model_of_another_library(text: Path, tmp_path: Pa
         "generate.py", f"checkpoint={tmp_path / 'out'}", "prompt=The", "max_new_tokens=20",
         "sampling.temperature=0",
     ]  # fmt: skip
-    alone = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    shared = subprocess.run(
-        torchrun(2, *arguments), cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert len(alone) > 10
-    assert shared == alone
+    alone, shared = (run_program(*arguments, processes=number) for number in (None, 2))
+    assert alone.returncode == shared.returncode == 0
+    assert len(alone.stdout) > 10
+    assert shared.stdout == alone.stdout

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from mamba2lm.models.checkpoint import WEIGHTS, checkpoints_of
 from mamba2lm.training.metrics import read_metrics
-from tests.training.helpers import finish, free_port, run_here, start, text_file, tiny_run
+from tests.processes import free_port
+from tests.training.helpers import finish, run_here, start, text_file, tiny_run
 
 CHANGES = ["training.max_steps=12", "training.eval_every=6", "model.pattern=MA",
            "model.mixers.A.n_heads=4"]  # fmt: skip

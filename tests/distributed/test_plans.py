@@ -32,6 +32,7 @@ def test_processes_left_over_replicate() -> None:
         ({"data_shard": 2, "data_replicate": 2}, 8, r"data_replicate=2: .* is 4, but 8 were"),
         ({"tensor": 0}, 1, r"parallel\.tensor=0: must be ≥ 1"),
         ({"data_replicate": 0}, 1, r"parallel\.data_replicate=0: must be ≥ 1, or null"),
+        ({"keep_gathered": True}, 1, r"keep_gathered=True: is about weights that"),
         ({"sequence_parallel": True}, 1, r"sequence_parallel=True: splits over parallel\.tensor"),
         ({"timeout": 0.0}, 1, r"parallel\.timeout=0\.0: must be positive"),
     ],

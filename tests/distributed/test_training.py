@@ -40,7 +40,7 @@ def losses(run: Path) -> dict[int, float]:
     "what",
     [
         "same layout", "ended at step 5", "weights stay finite", "learned",
-        "failure is everybody's", "earlier checkpoint stays",
+        "failure is everybody's", "earlier checkpoint stays", "waiting shows",
     ],
 )  # fmt: skip
 def test_on_four_processes(runs: Path, what: str) -> None:
@@ -105,6 +105,8 @@ def test_rows_tell_the_slowest_process(runs: Path) -> None:
         assert 0 < row["step_seconds_min"] <= row["step_seconds_max"]
         assert row["slowest_process"] in range(4)
         assert 0 <= row["wait_fraction"] < 1
+    assert [row["step"] for row in rows if "communication_fraction" in row] == [4, 6]
+    assert all(0 < row.get("communication_fraction", 0.5) <= 1 for row in rows)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "pointer"])

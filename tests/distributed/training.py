@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from mamba2lm.distributed import ParallelConfig
 from mamba2lm.training.checkpoint import SaveError
 from mamba2lm.training.faults import NonFiniteError
+from mamba2lm.training.profile import profile_step
 from mamba2lm.training.trainer import Trainer
 from tests.distributed.full_disk import simulated
 from tests.training.helpers import make_trainer, text_corpus, tiny_model
@@ -78,7 +80,7 @@ def resume_in_others(folder: Path) -> dict[str, bool]:
     """Go on in every layout with what one saved."""
     for layout in LAYOUTS:
         run = f"in {layout}"
-        trainer = build(folder, run, layout, max_steps=6, resume=saved(folder))
+        trainer = build(folder, run, layout, max_steps=6, resume=saved(folder), profile_every=2)
         assert trainer.progress.step == 3
         assert trainer.progress.samples == 24
         assert trainer.fit()
@@ -136,6 +138,19 @@ def failing_save(folder: Path) -> dict[str, bool]:
     return {"failure is everybody's": failed, "earlier checkpoint stays": before == after}
 
 
+def waiting_is_communication(folder: Path) -> dict[str, bool]:
+    """Of processes that wait in a collective for another, a profile shows it."""
+    store, rank, size = dist.distributed_c10d._get_default_store(), dist.get_rank(), 4
+    with profile_step(torch.device("cpu")) as profile:
+        if rank == 0:
+            store.wait([f"there/{other}" for other in range(1, size)])
+            time.sleep(0.3)
+        else:
+            store.set(f"there/{rank}", "")
+        dist.all_reduce(torch.ones(4))
+    return {"waiting shows": rank == 0 or 0.5 < profile.communication <= 1.0}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
@@ -147,6 +162,7 @@ def main() -> None:
     results: dict[str, bool] = {}
     for scenario in (
         resume_in_the_same_layout, resume_in_others, poisoned_process, failing_save,
+        waiting_is_communication,
     ):  # fmt: skip
         results |= scenario(folder)
     values = torch.tensor([float(value) for value in results.values()])

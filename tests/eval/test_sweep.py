@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 import eval.sweep.__main__ as command
-from eval.sweep.cell import Cell, Spec, _shape
+from eval.sweep.cell import Cell, Spec
 from eval.sweep.config import Decay, Order, SweepConfig, SweepTask
 from eval.sweep.data import SweepData
 from eval.sweep.summary import best_points, draw
@@ -65,7 +65,7 @@ def test_a_cell_takes_every_batch_once_and_follows_its_schedule() -> None:
 
     def watch(shape: tuple[int, int]) -> None:
         rates.append(float(cell.rate))
-        stage = [_shape(each) for each in cell.shapes.stages].index(shape)
+        stage = [each.batch for each in cell.shapes.stages].index(shape)
         known = cell.data.stages[stage].input_nl
         rows = [int((known == row).all(dim=1).nonzero()) for row in cell._batch[shape].input_nl]
         batches.append((stage, rows))
@@ -101,12 +101,22 @@ def test_examples_are_the_generators() -> None:
     )
     ids, places, answers = data.stages[0].rows(torch.arange(96))
     assert ids.equal(inputs)
-    assert labels.gather(1, places)[:, :2].equal(answers[:, :2])
-    assert answers[:, 2].eq(-100).all()  # as many questions as the other stage has
+    assert labels.gather(1, places).equal(answers)
     inputs, labels = generate(task, 64, seed=0, purpose="train 1")
     assert (labels != -100).sum() == 3 * 64
     ids, _, _ = data.tests[1].rows(slice(0, 9))
     assert ids.equal(generate(task, 9, seed=0)[0])
+
+
+def test_stages_of_a_shape_have_as_many_questions() -> None:
+    stages = [{"length": 16, "items": k, "n_examples": 32, "batch_size": 32} for k in (2, 4)]
+    stages.append({**stages[0], "length": 24})
+    sweep = config(datasets={"T": {"stages": stages, "tests": TESTS}})
+    first, second, other = SweepData(sweep, sweep.datasets["T"], CPU).stages
+    assert [each.answer_nk.shape[1] for each in (first, second, other)] == [4, 4, 2]
+    assert first.answer_nk[:, 2:].eq(-100).all()
+    assert first.answer_nk[:, :2].ge(16).all()  # values
+    assert second.answer_nk.ge(16).all()
 
 
 def test_the_loss_and_the_accuracy_are_the_models() -> None:
@@ -139,6 +149,13 @@ def test_a_small_model_learns_and_stops_when_it_has() -> None:
     assert cell.result()["tests"][0]["accuracy"] == cell.curve[-1]["accuracy"][0]
 
 
+def test_the_embedding_is_as_wide_as_asked() -> None:
+    sweep = config(models={"m": M, "wide": {**M, "embedding_std": 0.5}})
+    plain, wide = (cell_of(sweep, model=name).model.embedding.weight for name in ("m", "wide"))
+    assert torch.allclose(wide, 25 * plain)
+    assert float(plain.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
 def test_a_seed_decides_a_cell() -> None:
     curves = [run(cell_of(config(), seed=seed)).curve for seed in (1, 1, 2)]
     assert curves[0] == curves[1]
@@ -154,9 +171,9 @@ def test_a_diverged_cell_ends() -> None:
 
 def arguments(folder: Path, *more: str) -> list[str]:
     return [
-        f"output={folder}", "~datasets.T256", "~models.attention", "~models.attention_bias",
-        "~models.attention_conv", "~models.mamba1_n16",
-        "~models.mamba2_n64", "~models.mamba2_n256", "~models.hybrid_n16", "vocab_size=16",
+        f"output={folder}", "~datasets.T256", "~models.attention", "~models.attention_conv",
+        "~models.mamba1_n16", "~models.mamba2_n64", "~models.mamba2_n256", "~models.hybrid_n16",
+        "vocab_size=16",
         "+datasets.T={stages:[{length:8,items:1,n_examples:64,batch_size:16}],"
         "tests:[{length:8,items:1,n_examples:20}]}",
         "widths=[16]", "learning_rates=[1e-3,1e-2,3e-3]", "seeds=[0,1]", "device=cpu",
@@ -352,6 +369,7 @@ def test_presets_are_valid(name: str, tmp_path: Path) -> None:
             r"^datasets\.T\.stages\[0\]\.n_pairs=99: .* use 1 to 64 for length 256",
         ),
         ({"budget_s": -1.0}, r"^budget_s=-1.0"),
+        ({"models": {"m": {"embedding_std": 0.0}}}, r"^model\.embedding_std=0.0: must be > 0"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(change: dict[str, Any], message: str) -> None:

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 import generate
 from mamba2lm.inference import Engine, SamplingConfig, Session, load_run
 from tests.inference import helpers
+from tests.processes import run_program
 
 SCRIPT = Path(generate.__file__)
 PROMPT = "It is a truth, universally [acknowledged]: 'that' {a} = \"single\" man"
@@ -30,9 +31,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shell(
-    *arguments: str, stdin: bytes = b"", cwd: Path | None = None
+    *arguments: str, stdin: bytes = b"", cwd: Path | None = None, from_nothing: bool = False
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run the script in a process of its own."""
+    """Run the script in a process of its own, which imports what it needs or has it already."""
+    if not from_nothing:
+        return run_program("generate.py", *arguments, stdin=stdin, cwd=cwd, timeout=120)
     return subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         input=stdin,
@@ -57,7 +60,12 @@ def continuation(run_dir: Path, prompt: str, seed: int, **sampling: object) -> s
 
 def test_text_on_standard_output_and_speed_on_standard_error(run_dir: Path, tmp_path: Path) -> None:
     done = shell(
-        f"checkpoint={run_dir}", f"prompt={PROMPT}", "max_new_tokens=12", "seed=5", cwd=tmp_path
+        f"checkpoint={run_dir}",
+        f"prompt={PROMPT}",
+        "max_new_tokens=12",
+        "seed=5",
+        cwd=tmp_path,
+        from_nothing=True,
     )
     assert done.returncode == 0, done.stderr.decode()
     expected = PROMPT + continuation(run_dir, PROMPT, 5) + "\n"

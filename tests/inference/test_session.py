@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from mamba2lm.inference import Engine, SamplingConfig, Session, load_run
 from mamba2lm.schema import ConfigError
 from tests.inference import helpers
+from tests.processes import run_program
 
 GREEDY = SamplingConfig(temperature=0.0)
 FIRST, SECOND = "It is a truth", "\nEmma Woodhouse, handsome, clever, and rich,"
@@ -124,11 +123,8 @@ def test_a_saved_conversation_continues_in_a_new_process(tmp_path: Path) -> None
     session.say(FIRST, sampling, max_new_tokens=10, seed=1)
     session.save(tmp_path / "talk.state", run.fingerprint)
     expected = session.say(SECOND, sampling, max_new_tokens=25, seed=4).text
-    found = subprocess.run(
-        [sys.executable, "-c", CONTINUE, str(folder), str(tmp_path / "talk.state"), SECOND],
-        capture_output=True,
-        check=True,
-    )
+    found = run_program("-c", CONTINUE, str(folder), str(tmp_path / "talk.state"), SECOND)
+    assert found.returncode == 0, found.stderr.decode()
     assert found.stdout.decode() == expected
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba2lm.models import LanguageModel, ModelConfig
+from mamba2lm.schema import ConfigError
 from tests.models.small import PATTERNS, small_config, small_model, tokens
 
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -243,6 +244,19 @@ def test_fingerprint_follows_weights_and_configuration() -> None:
     fingerprints.append(model.fingerprint())
     fingerprints.append(small_model("MA", seed=0).cast(torch.bfloat16).fingerprint())
     assert len(set(fingerprints)) == 5
+    model = LanguageModel(small_config("MA", embedding_std=0.1))
+    model.load_state_dict(small_model("MA", seed=0).state_dict())
+    assert model.fingerprint() == fingerprints[0]  # not what the weights began from
+
+
+def test_the_embedding_begins_as_wide_as_asked() -> None:
+    narrow, wide = (small_model("M", seed=0, embedding_std=std) for std in (0.02, 0.1))
+    assert torch.allclose(wide.embedding.weight, 5 * narrow.embedding.weight)
+    weights = [dict(model.named_parameters()) for model in (narrow, wide)]
+    others = [name for name in weights[0] if name != "embedding.weight"]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in others)
+    with pytest.raises(ConfigError, match=r"^model\.embedding_std=0: must be > 0"):
+        small_config("M", embedding_std=0)
 
 
 def test_meta_model_takes_storage_and_weights() -> None:

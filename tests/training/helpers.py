@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -34,8 +33,7 @@ from mamba2lm.training.run_folder import open_run
 from mamba2lm.training.schedule import ScheduleConfig
 from mamba2lm.training.trainer import Trainer
 from tests.data.texts import prose
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT
 
 TINY_MIXERS = {
     "M": {"d_state": 16, "headdim": 16, "chunk_size": 16},
@@ -214,13 +212,6 @@ def finish(process: subprocess.Popen[str], *, code: int = 0, timeout: float = 18
     _, stderr = process.communicate(timeout=timeout)
     assert process.returncode == code, f"exit code {process.returncode}\n{stderr}"
     return stderr
-
-
-def free_port() -> int:
-    """Return a TCP port that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
