@@ -60,6 +60,8 @@ class Running:
 
     def __init__(self, server: Server, tickets: list[Ticket], rows: int) -> None:
         self.tickets = tickets
+        self.rows = rows * len(tickets)
+        """Continuations of all prompts."""
         self._server = server
         self._rows = rows
 
@@ -339,9 +341,9 @@ class EventStream(Response):
             self._server.duration.observe(time.perf_counter() - self._began)
 
     async def _write(self, send: Send) -> None:
-        async def event(data: str) -> None:
-            body = f"data: {data}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+        async def give(events: list[str], *, more: bool = True) -> None:
+            body = "".join([f"data: {event}\n\n" for event in events]).encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         answer, running = self._answer, self._running
@@ -350,22 +352,31 @@ class EventStream(Response):
             head["usage"] = None
         # What all events begin with is written once.
         start = _json(head).removesuffix("}") + ', "choices": ['
+
+        def events(choices: list[dict[str, Any]]) -> list[str]:
+            return [f"{start}{_json(choice)}]}}" for choice in choices]
+
+        last: list[str] = []
         try:
             async with asyncio.timeout(self._server.config.request_timeout):
-                for choice in answer.opening(running):
-                    await event(f"{start}{_json(choice)}]}}")
+                if opening := events(answer.opening(running)):
+                    await give(opening)
+                left = running.rows
                 async for i, piece in running.pieces():
                     answer.tokens += piece.tokens
-                    for choice in answer.delta(i, piece, running):
-                        await event(f"{start}{_json(choice)}]}}")
+                    left -= piece.finish_reason is not None
+                    last = events(answer.delta(i, piece, running))
+                    # What comes last goes out with the end.
+                    if last and left:
+                        await give(last)
             if answer.include_usage:
-                await event(_json({**head, "choices": [], "usage": answer.usage(running)}))
-            await event("[DONE]")
+                last.append(_json({**head, "choices": [], "usage": answer.usage(running)}))
+            last.append("[DONE]")
         except ApiError as error:
-            await event(_json(error.body))
+            last = [_json(error.body)]
         except TimeoutError:
-            await event(_json(timed_out().body))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = [_json(timed_out().body)]
+        await give(last, more=False)
 
 
 def _json(value: object) -> str:
