@@ -41,8 +41,8 @@ def tuned_again() -> Iterator[None]:
     with torch.no_grad():
         yield
     linear_launch.override_blocks(None)
-    linear_launch.override_scales(False)
-    state_launch.override_projects(False)
+    linear_launch.override_scales(None)
+    state_launch.override_projects(None)
     state_launch.override_blocks(None)
 
 

@@ -72,8 +72,11 @@ class Blocks:
 MOST_SHARED = 8192
 """Tiles of outputs that several programs may share."""
 
+LEAVES_SCALE = False
+"""Whether a state update leaves its layer's norm to the product behind it."""
+
 _override: Blocks | None = None
-_scales = False
+_scales: bool | None = None
 
 
 def override_blocks(blocks: Blocks | None) -> None:
@@ -84,11 +87,11 @@ def override_blocks(blocks: Blocks | None) -> None:
 
 def scales() -> bool:
     """Return whether a state update leaves its layer's norm to the product behind it."""
-    return _scales
+    return LEAVES_SCALE if _scales is None else _scales
 
 
-def override_scales(scales: bool) -> None:
-    """Let it, or not (tests and tuning)."""
+def override_scales(scales: bool | None) -> None:
+    """Let it, or not (tests and tuning); None undoes it."""
     global _scales
     _scales = scales
 

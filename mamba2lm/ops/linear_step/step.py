@@ -22,6 +22,7 @@ Letters: r rows (batch), n outputs, k inputs, c convolved channels.
 # Triton compiles the bodies below; the types of Python are not the types of its language.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 # ruff: noqa: RUF005 (no unpacking into tuples there either)
 
 from __future__ import annotations

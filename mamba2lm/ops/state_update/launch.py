@@ -39,8 +39,11 @@ class Blocks:
 MOST_PROJECTED = 4
 """Rows up to which a program may project Δ itself: each row reads the weight anew."""
 
+PROJECTS_DT = False
+"""Whether Mamba-1's state update projects Δ itself, where rows are few."""
+
 _override: Blocks | None = None
-_projects = False
+_projects: bool | None = None
 
 
 def override_blocks(blocks: Blocks | None) -> None:
@@ -51,11 +54,11 @@ def override_blocks(blocks: Blocks | None) -> None:
 
 def projects(rows: int) -> bool:
     """Return whether Mamba-1's state update projects Δ itself, for so many rows."""
-    return _projects and rows <= MOST_PROJECTED
+    return (PROJECTS_DT if _projects is None else _projects) and rows <= MOST_PROJECTED
 
 
-def override_projects(projects: bool) -> None:
-    """Let it, or not (tests and tuning)."""
+def override_projects(projects: bool | None) -> None:
+    """Let it, or not (tests and tuning); None undoes it."""
     global _projects
     _projects = projects
 
