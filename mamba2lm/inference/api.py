@@ -22,6 +22,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000
+_LONGEST_GRAMMAR = 20_000
 
 
 class ApiError(Exception):
@@ -102,7 +103,7 @@ class RegexFormat(Format):
     """A whole match of a regular expression."""
 
     type: Literal["regex"]
-    regex: str
+    regex: Annotated[str, Field(max_length=_LONGEST_GRAMMAR)]
 
     @property
     def constraint(self) -> dict[str, str]:
@@ -113,7 +114,7 @@ class GrammarFormat(Format):
     """A sentence of a grammar, in Lark's syntax."""
 
     type: Literal["grammar"]
-    grammar: str
+    grammar: Annotated[str, Field(max_length=_LONGEST_GRAMMAR)]
 
     @property
     def constraint(self) -> dict[str, str]:

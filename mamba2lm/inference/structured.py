@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # Constraints read, of which the last used are kept.
 _KEPT = 64
+# What a constraint may cost, in the package's units: a tenth of its defaults, under which a regular
+# expression of a few characters can take half a minute, and other rows wait for a mask.
+_LIMITS = {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 20_000, "step_max_items": 20_000}
 
 
 class Constraint:
@@ -132,7 +135,7 @@ class Constraints:
                 text[:80],
                 "needs the package llguidance; pip install 'mamba2lm[structured]'.",
             )
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         read = {
             "json_schema": LLMatcher.grammar_from_json_schema,
@@ -142,7 +145,10 @@ class Constraints:
         try:
             if kind == "json_schema":
                 json.loads(text)  # the package would take it for a part of its own text
-            matcher = LLMatcher(self._ids, read(text), log_level=0)
+            limits = LLParserLimits(**_LIMITS)
+            matcher = LLMatcher(self._ids, read(text), log_level=0, limits=limits)
+            # The first takes longest, and what it finds its copies know.
+            matcher.compute_bitmask()
             if matcher.is_error():
                 raise ValueError(matcher.get_error())
         except ValueError as error:

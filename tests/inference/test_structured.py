@@ -154,6 +154,21 @@ def test_masks_allow_exactly_what_may_follow(tokenizer: Tokenizer) -> None:
                 assert bit == (re.fullmatch(b"[ab]+", data) is not None)
 
 
+def test_a_constraint_of_any_size_is_followed() -> None:
+    tokenizer = helpers.tokenizer()
+    constraints = Constraints(tokenizer, tokenizer.vocab_size)
+    for given in (
+        {"regex": "(a{500}){500}"},
+        {"json_schema": json.dumps({"enum": [*range(3000)]})},
+    ):
+        constraint = constraints.begin(SamplingConfig(**given))  # type: ignore[arg-type]
+        assert constraint is not None
+        (mask_w,) = constraints.masks([constraint])
+        allowed = [i for i in range(tokenizer.vocab_size) if mask_w[i // 32].item() >> (i % 32) & 1]
+        texts = {tokenizer.token_bytes(i).decode() for i in allowed}
+        assert texts == {"a"} if "regex" in given else texts >= set("0123456789")
+
+
 @pytest.mark.parametrize(
     ("given", "part"),
     [
@@ -202,6 +217,7 @@ def test_the_server_answers_in_the_format_asked_for() -> None:
         for wrong, part in (
             ({"type": "regex", "regex": "(a"}, "unclosed"),
             ({"type": "json_schema", "json_schema": {"schema": {"type": 3}}}, "response_format"),
+            ({"type": "regex", "regex": "a" * 20_001}, "at most 20000"),
             ({"type": "json_schema"}, "response_format"),
             ({"type": "xml"}, "response_format"),
         ):
