@@ -343,6 +343,9 @@ class Mamba1(Mixer):
         )
         return projections + convolution + scan / length
 
+    def kept_bytes_per_token(self, itemsize: int) -> int:
+        return 2 * self.d_inner * itemsize
+
     def tensor_plan(self) -> Plan:
         channels = Segment(self.d_inner)
         rows, columns = Split((channels,)), Split((channels,), dim=1)

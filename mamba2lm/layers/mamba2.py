@@ -406,6 +406,9 @@ class Mamba2(Mixer):
         )
         return projections + convolution + ssd / length
 
+    def kept_bytes_per_token(self, itemsize: int) -> int:
+        return (self.d_conv_in + self.d_inner) * itemsize
+
     def tensor_plan(self) -> Plan:
         z = x = Segment(self.n_heads, self.config.headdim)
         B = C = Segment(self.n_groups, self.config.d_state, shared_by=self.n_heads)

@@ -364,7 +364,7 @@ def test_keys_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_limits_are_kept() -> None:
     with serving(
-        max_body_bytes=2000, body_timeout=0.5, max_prompt_tokens=50, max_new_tokens=200_000,
+        max_body_bytes=2000, body_timeout=1.5, max_prompt_tokens=50, max_new_tokens=200_000,
         request_timeout=1.0, max_choices=3,
     ) as running:  # fmt: skip
         big = {"prompt": "a" * 3000}
