@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 _KEPT = 64
 # What a constraint may cost, in the package's units: a tenth of its defaults, under which a regular
 # expression of a few characters can take half a minute, and other rows wait for a mask.
-_LIMITS = {"initial_lexer_fuel": 100_000, "step_lexer_fuel": 20_000, "step_max_items": 20_000}
+_LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 100_000,
+    "step_lexer_fuel": 20_000,
+    "step_max_items": 20_000,
+}
 
 
 class Constraint:
