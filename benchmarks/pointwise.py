@@ -335,19 +335,26 @@ def table(row: dict[str, Any]) -> str:
 def launches(operator: str) -> dict[str, list[Any]]:
     """List what tuning tries for the forward and the backward kernel."""
     if operator == "conv":
-        programs = (1056, 2112, 4224, 8448, 12672, 16896)
+        programs = (924, 1056, 1188, 2112, 4224, 8448)
+        # Channels, warps, rows ahead, whether the next rows come early, registers.
+        forward = (
+            (256, 2, 4, False, None), (256, 2, 4, True, None), (256, 2, 2, True, None),
+            (512, 4, 4, True, None), (256, 1, 4, False, None), (128, 1, 4, True, None),
+        )  # fmt: skip
+        backward = (
+            (256, 2, 4, False, None), (256, 2, 4, True, None), (256, 2, 4, True, 128),
+            (256, 2, 4, True, 112), (256, 2, 2, True, None), (256, 2, 2, True, 96),
+            (256, 4, 4, True, None), (512, 4, 4, True, 128),
+        )  # fmt: skip
         return {
             which: [
-                conv.Blocks(channels, warps, ahead, count)
-                for (channels, warps, ahead), count in itertools.product(shapes, programs)
+                conv.Blocks(channels, warps, ahead, count, early, registers)
+                for (channels, warps, ahead, early, registers), count in itertools.product(
+                    shapes, programs
+                )
             ]
-            for which, shapes in (
-                ("forward", ((256, 1, 4), (256, 1, 8), (256, 2, 4), (256, 2, 8), (512, 4, 4),
-                             (512, 4, 8), (128, 1, 4), (128, 1, 8))),
-                ("backward", ((256, 1, 4), (256, 2, 2), (256, 2, 4), (256, 4, 4), (512, 4, 4),
-                              (256, 2, 8), (128, 1, 4), (256, 4, 8))),
-            )
-        }  # fmt: skip
+            for which, shapes in (("forward", forward), ("backward", backward))
+        }
     return {
         "forward": [
             norm.Blocks(warps, elements, programs, stages)

@@ -4,13 +4,16 @@
     python -m benchmarks.training losses --out losses.json --plot losses.png
 
 A step is what the trainer does: bf16 autocast over float32 weights, loss on random tokens, backward
-pass, clipping, fused AdamW, the loss read back. ``mfu`` counts three forward passes of
-``flops_per_token`` (products of the model and its operators; nothing for recomputation) against the
-rate of an 8192³ bf16 product measured in the same run over half a second; ``mfu_6n`` counts six
-times the parameters a token.
+pass, clipping, loss and norm read back, then AdamW (``--adamw``: PyTorch's fused one, or ours in
+one pass). Kernels' times are means of several steps under the profiler, so that clocks are those of
+a run; ``idle`` is what their timeline leaves open, with the longest gaps by the kernels around it.
+``mfu`` counts three forward passes of ``flops_per_token`` (products of the model and its operators;
+nothing for recomputation) against the rate of an 8192³ bf16 product measured in the same run over
+half a second; ``mfu_6n`` counts six times the parameters a token.
 
-``losses`` trains one model from the same weights on the same bytes several times: with the kernels,
-with PyTorch's operations in bf16 and in float32, and with mamba-ssm where it is installed.
+``losses`` trains one model from the same weights on the same bytes several times: with the kernels
+and either AdamW, with PyTorch's operations in bf16 and in float32, and with mamba-ssm where it is
+installed.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ from mamba2lm.cli import CONFIGS, typed
 from mamba2lm.config import TrainConfig
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.ops import causal_conv1d, kernels
-from mamba2lm.training.optimizer import clip_gradients
+from mamba2lm.training.adamw import AdamW
+from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig, Optimizers
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("softmax", "nll", "logsumexp")),
@@ -63,10 +67,16 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
 BYTES = 256
 """Vocabulary of the loss comparison."""
 
-RUNS = ("kernels, bf16", "PyTorch, bf16", "PyTorch, float32", "mamba-ssm, bf16")
+RUNS = (
+    "kernels, bf16", "kernels and AdamW in one pass, bf16", "PyTorch, bf16", "PyTorch, float32",
+    "mamba-ssm, bf16",
+)  # fmt: skip
 """What it compares."""
 
-KERNELS, HALF, FLOAT, PEER = RUNS
+KERNELS, ONE_PASS, HALF, FLOAT, PEER = RUNS
+
+PROFILED = 3
+"""Steps that the profiler looks at."""
 
 
 def group_of(kernel: str) -> str:
@@ -140,26 +150,89 @@ class Subject:
 
 
 def step_function(
-    subject: Subject, ids: Tensor, seq_idx: Tensor | None, *, rate: float = 1e-3
+    subject: Subject,
+    ids: Tensor,
+    seq_idx: Tensor | None,
+    *,
+    rate: float = 1e-3,
+    adamw: AdamWImpl = AdamWImpl.torch,
 ) -> Callable[[], float]:
-    """Return one training step without arguments."""
+    """Return one training step without arguments; it returns the loss."""
     model = subject.model
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+    clip, update = _updates(model, rate, adamw)
 
     def step() -> float:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(ids.device.type, torch.bfloat16):
             loss = subject.loss(ids, seq_idx)
         with torch.autograd.set_multithreading_enabled(False):
             loss.backward()
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        norm = clip()
+        values = torch.stack([loss.detach(), norm]).tolist()
+        update()
+        return values[0]
 
     return step
+
+
+def _updates(
+    model: nn.Module, rate: float, adamw: AdamWImpl
+) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """Return what clips gradients, returning their norm, and what updates and drops them."""
+    if isinstance(model, LanguageModel):
+        ours = Optimizers(OptimizerConfig(learning_rate=rate, impl=adamw), model)
+
+        def clip_ours() -> Tensor:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm(gradients)
+            ours.clip(norm, 1.0)
+            return norm
+
+        def update_ours() -> None:
+            ours.step()
+            ours.zero_grad()
+
+        return clip_ours, update_ours
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
+
+    def update_theirs() -> None:
+        theirs.step()
+        theirs.zero_grad(set_to_none=True)
+
+    return lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0), update_theirs
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A kernel's time on the device, microseconds."""
+
+    begin: float
+    end: float
+    name: str
+
+
+def gaps(kernels_run: list[Interval]) -> list[tuple[float, str, str]]:
+    """Return when no kernel ran, in order: microseconds, the kernel before, the kernel after."""
+    found = []
+    last: Interval | None = None
+    for kernel in sorted(kernels_run, key=lambda kernel: kernel.begin):
+        if last is not None and kernel.begin > last.end:
+            found.append((kernel.begin - last.end, last.name, kernel.name))
+        if last is None or kernel.end > last.end:
+            last = kernel
+    return found
+
+
+def longest_gaps(found: list[tuple[float, str, str]], steps: int, most: int = 8) -> dict[str, Any]:
+    """Sum gaps up by the kernels around them: milliseconds and number a step, the longest first."""
+    sums: dict[str, list[float]] = {}
+    for micros, before, after in found:
+        entry = sums.setdefault(f"{short_name(before)[:48]} | {short_name(after)[:48]}", [0.0, 0.0])
+        entry[0] += micros / 1e3 / steps
+        entry[1] += 1 / steps
+    return dict(sorted(sums.items(), key=lambda item: -item[1][0])[:most])
 
 
 def documents(batch: int, length: int, mean: int) -> Tensor:
@@ -177,6 +250,7 @@ def measure(
     compiled: bool = False,
     mean_document: int | None = None,
     keep_outputs: bool = False,
+    adamw: AdamWImpl = AdamWImpl.torch,
     steps: int = 6,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
@@ -190,6 +264,7 @@ def measure(
         compiled: Whether blocks go through torch.compile, as ``training.compile`` does.
         mean_document: Mean length of packed documents; None packs none.
         keep_outputs: Whether mixers do, as ``training.keep_outputs`` has them.
+        adamw: ``optimizer.impl``; of models of ours.
         steps: How many to time.
         overrides: Of the configuration.
     """
@@ -204,7 +279,7 @@ def measure(
         if compiled:
             block.compile()
     seq_idx = None if mean_document is None else documents(batch, length, mean_document)
-    step = step_function(subject, ids, seq_idx)
+    step = step_function(subject, ids, seq_idx, adamw=adamw)
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -216,14 +291,22 @@ def measure(
         seconds.append(time.perf_counter() - begin)
     memory = torch.cuda.max_memory_allocated()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
+        for _ in range(PROFILED):
+            step()
     events = [e for e in profile.key_averages() if e.self_device_time_total > 0]
-    times = {event.key: event.self_device_time_total / 1e3 for event in events}
+    times = {event.key: event.self_device_time_total / 1e3 / PROFILED for event in events}
     groups: dict[str, float] = {}
     for kernel, ms in times.items():
         groups[group_of(kernel)] = groups.get(group_of(kernel), 0.0) + ms
     second = statistics.median(seconds)
-    groups["idle"] = max(0.0, second * 1e3 - sum(times.values()))
+    found = gaps(
+        [
+            Interval(e.time_range.start, e.time_range.end, e.name)
+            for e in profile.events() or ()
+            if e.device_type == torch.autograd.DeviceType.CUDA
+        ]
+    )
+    groups["idle"] = sum(micros for micros, _, _ in found) / 1e3 / PROFILED
     tokens = batch * length
     largest = sorted(events, key=lambda e: -e.self_device_time_total)[:24]
     return {
@@ -233,6 +316,7 @@ def measure(
         "length": length,
         "compiled": compiled,
         "keep_outputs": keep_outputs,
+        "adamw": adamw.value,
         "mean_document": mean_document,
         "step_ms": second * 1e3,
         "step_ms_low_high": [min(seconds) * 1e3, max(seconds) * 1e3],
@@ -240,12 +324,12 @@ def measure(
         "mfu": 3 * subject.flops_per_token * tokens / second / peak,
         "mfu_6n": 6 * subject.parameter_count() * tokens / second / peak,
         "peak_memory_gib": memory / 2**30,
-        "launches": sum(event.count for event in events),
+        "launches": sum(event.count for event in events) // PROFILED,
         "groups_ms": dict(sorted(groups.items(), key=lambda item: -item[1])),
         "largest_kernels_ms": {
-            short_name(event.key): [event.self_device_time_total / 1e3, event.count]
-            for event in largest
+            short_name(event.key): [times[event.key], event.count / PROFILED] for event in largest
         },
+        "longest_gaps_ms": longest_gaps(found, PROFILED),
     }
 
 
@@ -260,6 +344,7 @@ def describe(row: dict[str, Any]) -> str:
         f" {word}" for word, on in (
             ("compiled", row["compiled"]), ("packed", row["mean_document"]),
             ("keeping outputs", row["keep_outputs"]),
+            ("AdamW in one pass", row["adamw"] != "torch"),
         )
         if on
     )  # fmt: skip
@@ -281,7 +366,8 @@ def time_models(arguments: argparse.Namespace) -> None:
         row = measure(
             name, int(batch or arguments.batch), arguments.length, peak,
             compiled=arguments.compile, mean_document=arguments.documents,
-            keep_outputs=arguments.keep_outputs, steps=arguments.steps,
+            keep_outputs=arguments.keep_outputs, adamw=AdamWImpl(arguments.adamw),
+            steps=arguments.steps,
         )  # fmt: skip
         results["rows"].append(row)
         sys.stdout.write(describe(row) + "\n")
@@ -307,19 +393,24 @@ def batches(steps: int, batch: int, length: int) -> Tensor:
     return text[starts + torch.arange(length + 1)].long().cuda()
 
 
-def train(subject: Subject, data: Tensor, *, bf16: bool) -> list[float]:
+def train(subject: Subject, data: Tensor, *, bf16: bool, one_pass: bool = False) -> list[float]:
     """Train with AdamW at a fixed rate after a warm-up; return the loss of every step."""
-    optimizer = torch.optim.AdamW(
-        subject.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    parameters = [{"params": list(subject.model.parameters()), "weight_decay": 0.1}]
+    settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}
+    ours = AdamW(parameters, **settings) if one_pass else None
+    optimizer = ours or torch.optim.AdamW(parameters, **settings, fused=True)
     losses = []
     for step, ids in enumerate(data):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1.0, (step + 1) / 20)
-        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
             loss = subject.loss(ids, None)
         loss.backward()
-        clip_gradients(subject.model, 1.0)
+        if ours is None:
+            nn.utils.clip_grad_norm_(subject.model.parameters(), 1.0)
+        else:
+            gradients = [p.grad for p in subject.model.parameters() if p.grad is not None]
+            ours.prepare((1.0 / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp(max=1.0))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
@@ -379,8 +470,9 @@ def compare_losses(arguments: argparse.Namespace) -> None:
     config.validate()
     data = batches(arguments.steps, arguments.batch, arguments.length)
 
-    def ours(*, bf16: bool) -> list[float]:
-        return train(Subject.ours(config, arguments.length), data, bf16=bf16)
+    def ours(*, bf16: bool, one_pass: bool = False) -> list[float]:
+        subject = Subject.ours(config, arguments.length)
+        return train(subject, data, bf16=bf16, one_pass=one_pass)
 
     def reference(*, bf16: bool) -> list[float]:
         with without_kernels():
@@ -392,6 +484,7 @@ def compare_losses(arguments: argparse.Namespace) -> None:
 
     runs: dict[str, Callable[[], list[float]]] = {
         KERNELS: lambda: ours(bf16=True),
+        ONE_PASS: lambda: ours(bf16=True, one_pass=True),
         HALF: lambda: reference(bf16=True),
         FLOAT: lambda: reference(bf16=False),
         PEER: peer,
@@ -456,6 +549,7 @@ def main() -> int:
     timed.add_argument("--documents", type=int, help="mean length of packed documents")
     timed.add_argument("--compile", action="store_true")
     timed.add_argument("--keep-outputs", action="store_true")
+    timed.add_argument("--adamw", choices=[kind.value for kind in AdamWImpl], default="torch")
     timed.add_argument("--out", type=Path)
     compared = commands.add_parser("losses", help="train several ways and compare")
     compared.add_argument("--layers", type=int, default=8)

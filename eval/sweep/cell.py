@@ -27,7 +27,7 @@ from eval.reading import Reader
 from eval.sweep.config import Decay, Order, SweepConfig
 from eval.sweep.data import Examples, SweepData
 from mamba2lm.models import LanguageModel
-from mamba2lm.training.optimizer import OptimizerConfig, build_optimizers
+from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig, build_optimizers
 from mamba2lm.training.precision import matmul_dtype
 
 # Steps taken before one is captured: kernels compile and caches fill in them.
@@ -96,6 +96,7 @@ class Cell:
                     learning_rate=spec.learning_rate,
                     weight_decay=config.weight_decay,
                     betas=config.betas,
+                    impl=AdamWImpl.torch,  # whose steps a graph can hold
                 ),
                 self.model,
             )

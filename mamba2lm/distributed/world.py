@@ -36,8 +36,11 @@ class World:
             values: Python numbers or scalar tensors.
 
         Returns:
-            float64 tensor (len(values),) on the device.
+            float64 tensor (len(values),), on the device unless nothing that comes from there and
+            no other process is needed: then the host need not wait for the device.
         """
+        if self.size == 1 and not any(isinstance(v, torch.Tensor) for v in values):
+            return torch.tensor(values, dtype=torch.float64)
         total = torch.stack(
             [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
         )

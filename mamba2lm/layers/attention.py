@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
 from mamba2lm.distributed.context import Passage
+from mamba2lm.layers.linear import project
 from mamba2lm.layers.mixer import Mixer, MixerConfig, output_and_state, register, require
 from mamba2lm.layers.state import State
 from mamba2lm.ops.dispatch import note_taken
@@ -207,7 +208,7 @@ class Attention(Mixer):
         assert state is None or isinstance(state, KVCache)
         batch, length, _ = x_bld.shape
         document_bl = None if seq_idx_bl is None else document_numbers(seq_idx_bl)
-        qkv_blc, conv_state = self.in_proj(x_bld), None
+        qkv_blc, conv_state = project(self.in_proj, x_bld), None
         if self.conv1d is not None:
             conv = ops.causal_conv1d(
                 qkv_blc,
@@ -229,7 +230,7 @@ class Attention(Mixer):
             else:
                 mask = self._mask(new_l[None], new_l[None], document_bl)
                 y_blhp = self._attend(q_blhp, k_blkp, v_blkp, mask)
-            return self.out_proj(y_blhp.reshape(batch, length, self.d_q)), None
+            return project(self.out_proj, y_blhp.reshape(batch, length, self.d_q)), None
 
         # Past slots first, then the new tokens; the past belongs to document number 0.
         past_bs = state.positions_bs().masked_fill(~state.visible_bs(), -(2**40))
@@ -249,7 +250,7 @@ class Attention(Mixer):
     ) -> Tensor:
         """Run this process's stretch of longer sequences, with the keys and values of all."""
         batch, length, _ = x_bld.shape
-        qkv_blc = self.in_proj(x_bld)
+        qkv_blc = project(self.in_proj, x_bld)
         if self.conv1d is not None:
             qkv_blc = ops.causal_conv1d(
                 qkv_blc,
@@ -280,7 +281,7 @@ class Attention(Mixer):
                 mask = mask & (key_bt[:, context.offset :, None] == key_bt[:, None])
             mask = mask[:, None]
         y_blhp = self._attend(q_blhp, k_btkp, v_btkp, mask)
-        return self.out_proj(y_blhp.reshape(batch, length, self.d_q))
+        return project(self.out_proj, y_blhp.reshape(batch, length, self.d_q))
 
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
         assert isinstance(state, KVCache)

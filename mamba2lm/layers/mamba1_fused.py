@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from mamba2lm.ops.causal_conv1d import launch as conv
+from mamba2lm.ops.copies import in_dtype
 from mamba2lm.ops.discretisation import NO_LIMIT
 from mamba2lm.ops.documents import document_starts
 from mamba2lm.ops.products import bias_gradient, matrix_gradient
@@ -104,14 +105,16 @@ class _FusedMamba1(torch.autograd.Function):
         keep_outputs: bool,
     ) -> Tensor:
         dtype = x_bld.dtype
-        proj = linear(x_bld, in_weight.to(dtype), None if in_bias is None else in_bias.to(dtype))
+        proj = linear(
+            x_bld, in_dtype(in_weight, dtype), None if in_bias is None else in_bias.to(dtype)
+        )
         x_bli, z_bli = proj.chunk(2, dim=-1)
         convolved_bli, _ = conv.forward(
             x_bli, conv_weight_iw, conv_bias_i, None, seq_idx_bl, True, False
         )
-        selected_bls = linear(convolved_bli, select_weight_si.to(dtype))
+        selected_bls = linear(convolved_bli, in_dtype(select_weight_si, dtype))
         dt_blr, B_bln, C_bln = _split(selected_bls, dt_weight_ir, A_log_in)
-        dt_bli = linear(dt_blr, dt_weight_ir.to(dtype))
+        dt_bli = linear(dt_blr, in_dtype(dt_weight_ir, dtype))
         A_in = -torch.exp(A_log_in)
         restart_bl = None
         if seq_idx_bl is not None:
@@ -127,7 +130,7 @@ class _FusedMamba1(torch.autograd.Function):
             *((convolved_bli, dt_bli) if keep_outputs else (None, None)),
         )  # fmt: skip
         bias_d = None if out_bias_d is None else out_bias_d.to(dtype)
-        return linear(y_bli, out_weight_di.to(dtype), bias_d)
+        return linear(y_bli, in_dtype(out_weight_di, dtype), bias_d)
 
     @staticmethod
     @once_differentiable
@@ -163,7 +166,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         dout_weight = matrix_gradient(dout_td, y_bli.flatten(0, 1), out_weight_di.dtype)
     if wanted[11]:
         dout_bias = bias_gradient(dout_td, out_bias_d.dtype)
-    dy_bli = (dout_td @ out_weight_di.to(dtype)).view(y_bli.shape)
+    dy_bli = (dout_td @ in_dtype(out_weight_di, dtype)).view(y_bli.shape)
 
     # Through the scan, over the convolution's output and Δ.
     dt_blr, B_bln, C_bln = _split(selected_bls, dt_weight_ir, A_in)
@@ -171,7 +174,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         convolved_bli, _ = conv.forward(
             x_bli, conv_weight_iw, conv_bias_i, None, seq_idx_bl, True, False
         )
-        dt_bli = linear(dt_blr, dt_weight_ir.to(dtype))
+        dt_bli = linear(dt_blr, in_dtype(dt_weight_ir, dtype))
     dconvolved_bli, ddt_bli, dA_in, dB_bln, dC_bln, dD_i, dz, ddt_bias_i, _ = scan.backward(
         dy_bli, None, convolved_bli, dt_bli, A_in, B_bln, C_bln, D_i, z_bli, dt_bias_i, None,
         restart_bl, states, True, *NO_LIMIT,
@@ -184,7 +187,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     dselected_bls = torch.empty_like(selected_bls)
     for part, gradient in zip(
         _split(dselected_bls, dt_weight_ir, A_in),
-        ((ddt_ti @ dt_weight_ir.to(dtype)).view(dt_blr.shape), dB_bln, dC_bln),
+        ((ddt_ti @ in_dtype(dt_weight_ir, dtype)).view(dt_blr.shape), dB_bln, dC_bln),
         strict=True,
     ):
         part.copy_(gradient)
@@ -196,7 +199,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         dselect_weight = matrix_gradient(
             dselected_ts, convolved_bli.flatten(0, 1), select_weight_si.dtype
         )
-    dconvolved_bli.flatten(0, 1).addmm_(dselected_ts, select_weight_si.to(dtype))
+    dconvolved_bli.flatten(0, 1).addmm_(dselected_ts, in_dtype(select_weight_si, dtype))
     del ddt_bli, ddt_ti, convolved_bli
 
     _, dconv_weight, dconv_bias, _ = conv.backward(
@@ -207,7 +210,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     dproj_t = dproj.flatten(0, 1)
     dx_bld = din_weight = din_bias = None
     if wanted[0]:
-        dx_bld = (dproj_t @ in_weight.to(dtype)).view(x_bld.shape)
+        dx_bld = (dproj_t @ in_dtype(in_weight, dtype)).view(x_bld.shape)
     if wanted[1]:
         x_td = x_bld.reshape(-1, x_bld.shape[-1])
         din_weight = matrix_gradient(dproj_t, x_td, in_weight.dtype)

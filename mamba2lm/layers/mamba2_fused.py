@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from mamba2lm.distributed.context import Passage
 from mamba2lm.ops.causal_conv1d import launch as conv
+from mamba2lm.ops.copies import in_dtype
 from mamba2lm.ops.discretisation import step_sizes
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.gated_rms_norm import divided as divided_norm
@@ -190,7 +191,7 @@ class _FusedMamba2(torch.autograd.Function):
     ) -> Tensor:
         dtype = x_bld.dtype
         linear = torch.nn.functional.linear
-        proj_blj = linear(x_bld, in_weight_jd.to(dtype), _cast(in_bias_j, dtype))
+        proj_blj = linear(x_bld, in_dtype(in_weight_jd, dtype), _cast(in_bias_j, dtype))
         z_bli, xBC_blc, dt_blh = sizes.split_projection(proj_blj)
         context = divided.context
         before_bwc = None
@@ -230,9 +231,9 @@ class _FusedMamba2(torch.autograd.Function):
         )  # fmt: skip
         ctx.sizes, ctx.divided = sizes, divided
         if divided.summed_by is None:
-            return linear(normed_bli, out_weight_di.to(dtype), _cast(out_bias_d, dtype))
+            return linear(normed_bli, in_dtype(out_weight_di, dtype), _cast(out_bias_d, dtype))
         out_td, sums = _summed_product(
-            normed_bli.flatten(0, 1), out_weight_di.to(dtype).t(), divided.summed_by
+            normed_bli.flatten(0, 1), in_dtype(out_weight_di, dtype).t(), divided.summed_by
         )
         for work in sums:
             work.wait()
@@ -266,7 +267,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
 
     # Out of the block: dz lands in its place; the normalised output may be made again on the way.
     dout_td = dout_bld.reshape(-1, dout_bld.shape[-1])
-    dnormed_ti = dout_td @ out_weight_di.to(dtype)
+    dnormed_ti = dout_td @ in_dtype(out_weight_di, dtype)
     anew_bli = None
     if normed_bli is None:
         normed_bli = anew_bli = torch.empty(z_bli.shape, dtype=dtype, device=z_bli.device)
@@ -335,7 +336,7 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     dx_bld = din_weight_jd = din_bias_j = None
     sums: list[dist.Work] = []
     if wanted[0]:
-        in_weight_jd_cast = in_weight_jd.to(dtype)
+        in_weight_jd_cast = in_dtype(in_weight_jd, dtype)
         if divided.summed_by is None:
             dx_td = dproj_tj @ in_weight_jd_cast
         else:

@@ -166,6 +166,14 @@ class Mixer(nn.Module, ABC):
         Counts matrix products and convolutions, as the reference operators perform them.
         """
 
+    def kept_bytes_per_token(self, itemsize: int) -> int:
+        """Return the bytes a token that ``keep_outputs`` holds until the backward pass.
+
+        Args:
+            itemsize: Bytes of an element of what the mixer computes in.
+        """
+        return 0
+
     def tensor_plan(self) -> Plan | None:
         """Return how each parameter divides over processes, or None if the mixer cannot.
 

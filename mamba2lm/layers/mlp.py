@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mamba2lm import ops
 from mamba2lm.distributed import Plan, Segment, Split, TensorGroup
 from mamba2lm.distributed.context import Passage
+from mamba2lm.layers.linear import project
 from mamba2lm.layers.mixer import Mixer, MixerConfig, register, require
 from mamba2lm.layers.state import State
 
@@ -76,10 +77,10 @@ class MLP(Mixer):
         seq_idx_bl: Tensor | None = None,
         context: Passage | None = None,
     ) -> tuple[Tensor, State | None]:
-        hidden = self.fc1(x_bld)
+        hidden = project(self.fc1, x_bld)
         if not self.gated:
-            return self.fc2(F.relu(hidden).square()), state
-        return self.fc2(ops.swiglu(hidden)), state
+            return project(self.fc2, F.relu(hidden).square()), state
+        return project(self.fc2, ops.swiglu(hidden)), state
 
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
         return self.forward(x_bd)[0], state

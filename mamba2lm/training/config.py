@@ -27,9 +27,10 @@ class TrainingConfig:
     """Begin each window from the state that the one before it in the text left (truncated
     back-propagation); batches are then batch_size texts read side by side, in order."""
     activation_checkpointing: bool = False
-    keep_outputs: bool = False
+    keep_outputs: bool | None = False
     """Keep the outputs of Mamba layers' convolutions and norms for the backward pass instead of
-    making them again there: quicker, for more memory. Of Mamba layers on a GPU."""
+    making them again there: quicker, for more memory. Of Mamba layers on a GPU; null keeps them
+    where two steps without have shown that there is room."""
     compile: bool = False
     threads: int | None = None
     """CPU threads per process; null lets torch choose."""

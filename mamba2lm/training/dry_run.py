@@ -18,11 +18,12 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mamba2lm.data.loader import Corpus, training_batches
+from mamba2lm.data.batches import training_batches
+from mamba2lm.data.loader import Corpus
 from mamba2lm.distributed import Degrees, ParallelConfig, World
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.training.config import TrainingConfig
-from mamba2lm.training.hardware import memory_available, peak_flops
+from mamba2lm.training.hardware import memory_available, peak_flops, readable_bytes
 from mamba2lm.training.optimizer import OptimizerConfig
 from mamba2lm.training.precision import autocast, matmul_dtype
 from mamba2lm.training.run_folder import RunFolder
@@ -139,15 +140,6 @@ def _kept_for_backward(
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def readable_bytes(count: float) -> str:
-    """Write a number of bytes with a unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def report_dry_run(

@@ -69,3 +69,23 @@ def memory_available(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def room_left(device: torch.device) -> int:
+    """Return the bytes that this process could use of a GPU beside the most it has used so far.
+
+    A tenth of what it could have is left for fragments; 0 on a CPU, whose memory others share.
+    """
+    if device.type != "cuda":
+        return 0
+    within_reach = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return int(0.9 * within_reach) - torch.cuda.max_memory_allocated(device)
+
+
+def readable_bytes(count: float) -> str:
+    """Write a number of bytes with a unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,13 +55,17 @@ class Objective:
         self._carried = carried
 
     def backward(
-        self, micro_batches: list[dict[str, Tensor]], *, max_norm: float, flags: list[float]
+        self,
+        micro_batches: list[dict[str, Tensor]],
+        *,
+        clip: Callable[[Tensor], None],
+        flags: list[float],
     ) -> Gradient:
         """Accumulate the gradient of the mean loss over all labels of a step, and clip it.
 
         Args:
             micro_batches: This process's share of the step, as ``training_batches`` gives it.
-            max_norm: Norm to scale the gradient down to.
+            clip: Clips gradients of the norm that it is given, before the host waits for it.
             flags: Numbers to add over the processes beside the labels, say 1 for "please stop".
 
         Returns:
@@ -81,7 +86,8 @@ class Objective:
                     (loss * (averaged / max(count, 1.0))).backward()
                 total += loss.detach()
         self._parallel.finish_gradients()
-        norm = self._parallel.clip_gradients(max_norm)
+        norm = self._parallel.gradient_norm()
+        clip(norm)
         [loss_sum], after = self._sum_and_wait(total / world.copies)
         return Gradient(loss_sum / max(count, 1.0), float(norm), flags, before + after)
 

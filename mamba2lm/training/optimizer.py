@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,11 @@ from torch.distributed.tensor import DTensor
 from mamba2lm.models import LanguageModel
 from mamba2lm.models.checkpoint import StoredTensors
 from mamba2lm.models.sharding import ModelLayout
+from mamba2lm.ops.adamw.launch import unsupported
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.adamw import AdamW
 from mamba2lm.training.muon import Muon
+from mamba2lm.training.parallelize import to_local
 
 
 class OptimizerKind(Enum):
@@ -22,6 +26,17 @@ class OptimizerKind(Enum):
 
     adamw = "adamw"
     muon = "muon"
+
+
+class AdamWImpl(Enum):
+    """What AdamW's step runs on."""
+
+    auto = "auto"
+    """The kernel on a GPU, else PyTorch's."""
+    triton = "triton"
+    """The kernel: clipping, update and the weights' copies in half precision in one pass."""
+    torch = "torch"
+    """PyTorch's fused AdamW, after a pass that clips."""
 
 
 @dataclass
@@ -39,6 +54,8 @@ class OptimizerConfig:
     """muon only."""
     adamw_scale: float = 1.0
     """muon only: learning rate of what AdamW keeps (embedding, head, vectors) over muon's."""
+    impl: AdamWImpl = AdamWImpl.torch
+    """Of AdamW; states and checkpoints are the same."""
 
     def validate(self) -> None:
         """Check ranges; raise ConfigError."""
@@ -78,22 +95,53 @@ class Optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
 
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scale what the next step sees of the gradients to a total norm of at most ``max_norm``.
+
+        Args:
+            norm: Theirs now, over all processes; a scalar on their device, which need not be known
+                to the host yet.
+            max_norm: A positive number.
+        """
+        self._meet_gradients()
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for optimizer in self.each:
+            if isinstance(optimizer, AdamW):
+                optimizer.prepare(factor.float())
+                continue
+            gradients = [
+                to_local(parameter.grad)
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None
+            ]
+            if gradients:
+                torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
+                    gradients, factor.to(gradients[0].dtype)
+                )
+
     def step(self) -> None:
         """Update the parameters."""
-        for parameter, local in self._divided:
-            # FSDP2 may have moved what does not divide evenly, when it was first used.
-            local.data = parameter._local_tensor  # type: ignore[attr-defined]
-            gradient = parameter.grad
-            local.grad = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+        self._meet_gradients()
         for optimizer in self.each:
             optimizer.step()
 
+    def _meet_gradients(self) -> None:
+        """Give the plain parameters that stand for DTensors what these have."""
+        for parameter, local in self._divided:
+            # FSDP2 may have moved what does not divide evenly, when it was first used.
+            local.data = parameter._local_tensor  # type: ignore[attr-defined]
+            local.grad = None if parameter.grad is None else to_local(parameter.grad)
+
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Drop the gradients, and a step that was prepared with them."""
         for parameter in self._parameters:
             parameter.grad = None
         for _, local in self._divided:
             local.grad = None
+        for optimizer in self.each:
+            if isinstance(optimizer, AdamW):
+                optimizer.forget()
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield every state tensor with its parameter's name and its own."""
@@ -104,8 +152,12 @@ class Optimizers:
                         yield self.names[parameter], key, value.detach()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return every state tensor as ``<parameter name>::<state name>``, on the CPU."""
-        return {f"{n}::{key}": value.cpu().contiguous() for n, key, value in self.tensors()}
+        """Return a copy of every state tensor as ``<parameter name>::<state name>``, on the CPU."""
+        # Copies: parameters may share what counts their steps.
+        return {
+            f"{n}::{key}": value.to("cpu", copy=True).contiguous()
+            for n, key, value in self.tensors()
+        }
 
     def load(self, stored: StoredTensors, layout: ModelLayout | None) -> None:
         """Restore what was saved as ``<parameter name>::<state name>``.
@@ -165,14 +217,15 @@ def build_optimizers(
         for alike, decay in ((by_kind["decayed"], config.weight_decay), (by_kind["plain"], 0.0))
         if alike
     ]
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.betas[0], config.betas[1]),
+        "eps": config.eps,
+    }
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            groups,
-            lr=config.learning_rate,
-            betas=(config.betas[0], config.betas[1]),
-            eps=config.eps,
-            fused=True,
-        )
+        AdamW(groups, **settings)
+        if _takes_kernel(config.impl, [p for group in groups for p in group["params"]])
+        else torch.optim.AdamW(groups, **settings, fused=True)
     ]
     if by_kind["muon"]:
         optimizers.append(
@@ -202,9 +255,15 @@ def _kinds(config: OptimizerConfig, model: LanguageModel) -> dict[str, str]:
     return kinds
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale gradients to a total norm of at most ``max_norm``; return the norm before, float32."""
-    return nn.utils.clip_grad_norm_(model.parameters(), max_norm, error_if_nonfinite=False)
+def _takes_kernel(impl: AdamWImpl, parameters: Sequence[Tensor]) -> bool:
+    """Return whether the kernel updates these parameters."""
+    if impl is AdamWImpl.torch or not parameters:
+        return False
+    reason = next((why for p in parameters if (why := unsupported(p)) is not None), None)
+    if impl is AdamWImpl.triton and reason is not None:
+        raise ConfigError("optimizer.impl", "triton", f"{reason}; use auto or torch.")
+    # The interpreter's parameters lie on a CPU: tests ask for the kernel by name.
+    return reason is None and (impl is AdamWImpl.triton or parameters[0].is_cuda)
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +22,6 @@ from mamba2lm.distributed import Mesh
 from mamba2lm.models import LanguageModel
 from mamba2lm.models.sharding import ModelLayout, split_model
 from mamba2lm.schema import ConfigError
-from mamba2lm.training.optimizer import clip_gradients
 
 
 def start_accelerator() -> Accelerator:
@@ -109,6 +109,8 @@ class ParallelModel:
             reduce_dtype=None if dtype == torch.float32 else torch.float32,
             cast_forward_inputs=False,  # the residual stream is float32
         )
+        # It warns of changing a block's output in place, which nothing here does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for module in (*model.blocks, model):
             fully_shard(
                 module,
@@ -156,30 +158,24 @@ class ParallelModel:
             gradients = [parameters[name].grad for name in self.layout.replicated]
             all_reduce_together([to_local(g) for g in gradients if g is not None], tensor.group)
 
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Scale gradients to a total norm of at most ``max_norm``; return the norm before.
+    def gradient_norm(self) -> Tensor:
+        """Return the total norm of the gradients over all processes, on the device.
 
         Squares of what each process has are added up in one all-reduce, each divided by the number
         of processes that have the same.
         """
-        if self.layout is None:
-            return clip_gradients(self.model, max_norm)
         by_copies: dict[int, list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                copies = self.layout.copies(name)
+                copies = 1 if self.layout is None else self.layout.copies(name)
                 by_copies.setdefault(copies, []).append(to_local(parameter.grad))
+        if self.layout is None:
+            return nn.utils.get_total_norm(by_copies.get(1, []))
         square = torch.zeros((), dtype=torch.float64, device=self._accelerator.device)
         for copies, gradients in by_copies.items():
             square += nn.utils.get_total_norm(gradients).double().square() / copies
         dist.all_reduce(square)
-        norm = square.sqrt()
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradients in by_copies.values():
-            torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage]
-                gradients, factor.to(gradients[0].dtype)
-            )
-        return norm
+        return square.sqrt()
 
 
 def all_reduce_together(

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mamba2lm.data.loader import Corpus, training_batches
+from mamba2lm.data.batches import training_batches
+from mamba2lm.data.loader import Corpus
 from mamba2lm.distributed import Mesh, ParallelConfig, World
 from mamba2lm.distributed.watchdog import Watchdog, store_of_run
 from mamba2lm.models import LanguageModel
@@ -31,6 +32,7 @@ from mamba2lm.training.checkpoint import (
 from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.dropout import Dropout
 from mamba2lm.training.faults import STOP_SIGNALS, StepPolicy, StopRequests
+from mamba2lm.training.hardware import readable_bytes, room_left
 from mamba2lm.training.meter import Meter
 from mamba2lm.training.metrics import (
     Metrics,
@@ -111,8 +113,8 @@ class Trainer:
                 )
             self.dropout = Dropout(model, config.dropout, seed=config.seed, rank=rank)
         for block in model.blocks:
-            block.mixer.keep_outputs = config.keep_outputs
-        dtype = matmul_dtype(config.precision, self.device)
+            block.mixer.keep_outputs = bool(config.keep_outputs)
+        self.dtype = dtype = matmul_dtype(config.precision, self.device)
         self.meter = Meter(
             self.world,
             dtype=dtype,
@@ -224,9 +226,8 @@ class Trainer:
         """Compute the gradient of a step, clipped, from this process's share of its samples."""
         if self.dropout is not None:
             self.dropout.begin_step(self.progress.step)
-        return self.objective.backward(
-            micro_batches, max_norm=self.config.max_grad_norm, flags=self.stops.flags()
-        )
+        clip = functools.partial(self.optimizers.clip, max_norm=self.config.max_grad_norm)
+        return self.objective.backward(micro_batches, clip=clip, flags=self.stops.flags())
 
     @contextlib.contextmanager
     def _profiled(self) -> Iterator[None]:
@@ -244,6 +245,9 @@ class Trainer:
         config, step = self.config, self.progress.step
         if step == self.first_step and self.world.is_main:
             log.info("operators ran on: %s", implementations_taken())
+        # The optimizer's states come with the first step: the second shows what a step takes.
+        if config.keep_outputs is None and step == self.first_step + 1:
+            self._keep_outputs_if_room()
         ends = self.complete or self.stop_signal > 0
         if ends or step % config.log_every == 0:
             self._log(metrics, rate)
@@ -259,6 +263,22 @@ class Trainer:
         if self.stop_signal:
             name = signal.Signals(self.stop_signal).name
             log.info("stopped by %s at step %d, after saving", name, step)
+
+    def _keep_outputs_if_room(self) -> None:
+        """Have mixers keep outputs for the backward pass where all processes have the memory."""
+        tokens = self.micro_batch * self.corpus.sequence_length
+        if self.mesh.context is not None:
+            tokens //= self.mesh.context.size
+        mixers = [block.mixer for block in self.model.blocks]
+        more = tokens * sum(x.kept_bytes_per_token(self.dtype.itemsize) for x in mixers)
+        keep = more > 0 and not self.world.any(room_left(self.device) < more)
+        for mixer in mixers:
+            mixer.keep_outputs = keep
+        if self.world.is_main and more:
+            log.info(
+                "outputs of Mamba layers, %s, are %s", readable_bytes(more),
+                "kept for the backward pass" if keep else "made again: there is no room",
+            )  # fmt: skip
 
     def _is_due(self, every: int) -> bool:
         """Return whether something of this period (0: only at the end) happens after this step."""

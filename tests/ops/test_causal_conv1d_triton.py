@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from .tolerances import NAIVE_ERROR_RATIO, relative_error
 pytest.importorskip("triton")
 
 SMALL = Blocks(channels=16, warps=1, ahead=4, programs=4)
+EARLY = Blocks(channels=16, warps=1, ahead=4, programs=4, prefetch=True)
 
 
 @pytest.fixture(autouse=True)
@@ -103,15 +105,17 @@ def test_float32_matches_the_reference(length: int, w: int, packed: bool) -> Non
 
 
 @runs_kernels
-def test_every_row_and_block_of_channels_matches() -> None:
-    launch.override_blocks(SMALL, SMALL)
-    check_float32(draw(5, b=2, d=20), activation="silu", seq_idx=seq_idx(2, 5).to(DEVICE))
+@pytest.mark.parametrize(("blocks", "length"), [(SMALL, 5), (EARLY, 5), (EARLY, 12)])
+def test_every_row_and_block_of_channels_matches(blocks: Blocks, length: int) -> None:
+    launch.override_blocks(blocks, blocks)
+    ids = seq_idx(2, length).to(DEVICE)
+    check_float32(draw(length, b=2, d=20), activation="silu", seq_idx=ids)
 
 
 @runs_kernels
-@pytest.mark.parametrize("w", [1, 3])
-def test_optional_arguments_may_be_absent_in_kernels(w: int) -> None:
-    launch.override_blocks(SMALL, SMALL)
+@pytest.mark.parametrize(("w", "blocks"), [(1, SMALL), (3, SMALL), (1, EARLY)])
+def test_optional_arguments_may_be_absent_in_kernels(w: int, blocks: Blocks) -> None:
+    launch.override_blocks(blocks, blocks)
     inputs = draw(10, w=w)
     del inputs["initial_states"], inputs["bias"]
     check_float32(inputs, final=False)
@@ -176,7 +180,7 @@ def test_operators_match_their_fakes_and_compile_whole() -> None:
 )
 def test_kernels_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
-    run_in_interpreter(__file__, "match or absent or leak", passed=12)
+    run_in_interpreter(__file__, "match or absent or leak", passed=15)
 
 
 @pytest.mark.gpu
@@ -207,9 +211,14 @@ def test_half_precision_loses_no_more_than_plain_pytorch(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("shape", [(2, 1, 64), (3, 1000, 776), (1, 4097, 1001), (70000, 3, 8)])
-def test_tuned_float32_matches_the_reference(shape: tuple[int, int, int]) -> None:
+def test_tuned_float32_matches_the_reference(shape: tuple[int, int, int], early: bool) -> None:
     b, length, d = shape
+    if early:
+        launch.override_blocks(
+            *(dataclasses.replace(x, prefetch=True) for x in (launch.FORWARD, launch.BACKWARD))
+        )
     ids = seq_idx(b, length).to(DEVICE)
     check_float32(draw(length, b=b, d=d), activation="silu", seq_idx=ids)
 
@@ -246,11 +255,14 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
 
     given = {"HAS_BIAS": True, "HAS_INITIAL": True, "HAS_IDS": True, "HAS_DFINAL": True,
              "WANT_FINAL": True, "SILU": True, "W": 4, "UNIT": 8}  # fmt: skip
-    for kernel, blocks in (
-        (forward.convolve_kernel, launch.FORWARD),
-        (backward.convolve_backward_kernel, launch.BACKWARD),
+    for kernel, blocks, prefetch in (
+        (forward.convolve_kernel, launch.FORWARD, False),
+        (forward.convolve_kernel, launch.FORWARD, True),
+        (backward.convolve_backward_kernel, launch.BACKWARD, False),
+        (backward.convolve_backward_kernel, launch.BACKWARD, True),
     ):
         constants = {**given, "AHEAD": blocks.ahead, "BLOCK": blocks.channels}
+        constants |= {"PREFETCH": prefetch, "NVIDIA": target[0] == "cuda"}
         types = {"weight": "*fp32", "bias": "*fp32", "partial": "*fp32", "ids": "*i64"}
         compile_kernel(kernel, constants, types, target, num_warps=blocks.warps)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mamba2lm.models.checkpoint import checkpoints_of, pointed, verify
 from mamba2lm.ops import dispatch
 from mamba2lm.schema import ConfigError
+from mamba2lm.training import trainer as trainer_module
 from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.faults import NonFiniteError
 from mamba2lm.training.meter import mean
@@ -330,3 +331,23 @@ def test_mixers_are_told_whether_to_keep_outputs(tmp_path: Path, keep: bool) -> 
     model = tiny_model("MSA", vocab_size=64)
     trainer = make_trainer(tmp_path, recall_corpus(), model, keep_outputs=keep)
     assert {block.mixer.keep_outputs for block in trainer.model.blocks} == {keep}
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_outputs_are_kept_where_there_is_room(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    missing: int,
+) -> None:
+    model = tiny_model("MSA", vocab_size=64)
+    trainer = make_trainer(tmp_path, recall_corpus(), model, keep_outputs=None, max_steps=3)
+    # Two layers of each kind, 64 wide inside; of Mamba-2's convolution B and C of 16 besides.
+    more = 4 * 32 * 4 * 2 * ((64 + 32 + 64) + 2 * 64)
+    monkeypatch.setattr(trainer_module, "room_left", lambda _: more - missing)
+    with caplog.at_level(logging.INFO):
+        trainer.fit()
+    assert {block.mixer.keep_outputs for block in model.blocks} == {missing == 0}
+    [line] = [r.getMessage() for r in caplog.records if "outputs of Mamba" in r.getMessage()]
+    assert ("no room" in line) == (missing > 0)
+    assert f"{more / 2**10:.0f} KiB" in line

@@ -25,7 +25,9 @@ from mamba2lm.ops.causal_conv1d.forward import (
     channel_filter,
     continues,
     input_row,
+    input_rows,
     row_mask,
+    sigmoid,
     tap_sum,
 )
 
@@ -57,7 +59,8 @@ def convolve_backward_kernel(
     length, d, row_blocks, channel_blocks, row_count,
     HAS_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     HAS_IDS: tl.constexpr, SILU: tl.constexpr,
-    W: tl.constexpr, AHEAD: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    W: tl.constexpr, AHEAD: tl.constexpr, PREFETCH: tl.constexpr, NVIDIA: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Compute dx of ``row_count`` rows of a block of channels, and partial sums for the filter.
 
@@ -94,9 +97,18 @@ def convolve_backward_kernel(
             ),
         )  # fmt: skip
     counted = start == 0
+    # The last row that this program reads is w-1 rows after its last dx.
+    end = tl.minimum(start + row_count + (W - 1), length)
+    first_xs = input_rows(x_ptr, x_l, start, end, c, inside, W - 1)
+    first_dys = input_rows(dy_ptr, dy_l, start, end, c, inside, W - 1)
+    coming_xs = ()
+    coming_dys = ()
+    if PREFETCH:
+        coming_xs = input_rows(x_ptr, x_l, start + W - 1, end, c, inside, AHEAD)
+        coming_dys = input_rows(dy_ptr, dy_l, start + W - 1, end, c, inside, AHEAD)
     gs, same, history, dtaps, dbias = rows_backward(
-        dy_ptr, dy_l, x_ptr, x_l, initial_ptr, ids_ptr, ids_l, start, history, taps, bias,
-        dtaps, dbias, counted, length, c, inside, d, HAS_IDS, SILU, W, W - 1,
+        first_xs, first_dys, ids_ptr, ids_l, start, history, taps, bias, dtaps, dbias, counted,
+        length, HAS_IDS, SILU, NVIDIA, W, W - 1,
     )  # fmt: skip
     if HAS_INITIAL and start == 0:
         for i in tl.static_range(W - 1):  # the input w-1-i rows before position 0
@@ -118,9 +130,18 @@ def convolve_backward_kernel(
             tl.store(out, dinitial.to(dinitial_ptr.dtype.element_ty), mask=inside)
     for done in range(0, row_count, AHEAD):
         first = start + done
+        later = first + W - 1
+        if PREFETCH:
+            xs = coming_xs
+            dys = coming_dys
+            coming_xs = input_rows(x_ptr, x_l, later + AHEAD, end, c, inside, AHEAD)
+            coming_dys = input_rows(dy_ptr, dy_l, later + AHEAD, end, c, inside, AHEAD)
+        else:
+            xs = input_rows(x_ptr, x_l, later, end, c, inside, AHEAD)
+            dys = input_rows(dy_ptr, dy_l, later, end, c, inside, AHEAD)
         new_gs, new_same, history, dtaps, dbias = rows_backward(
-            dy_ptr, dy_l, x_ptr, x_l, initial_ptr, ids_ptr, ids_l, first + W - 1, history, taps,
-            bias, dtaps, dbias, True, length, c, inside, d, HAS_IDS, SILU, W, AHEAD,
+            xs, dys, ids_ptr, ids_l, later, history, taps, bias, dtaps, dbias, True, length,
+            HAS_IDS, SILU, NVIDIA, W, AHEAD,
         )  # fmt: skip
         gs = gs + new_gs
         same = same + new_same
@@ -145,22 +166,20 @@ def convolve_backward_kernel(
 
 @triton.jit
 def rows_backward(
-    dy_ptr, dy_l, x_ptr, x_l, initial_ptr, ids_ptr, ids_l, first, history, taps, bias,
-    dtaps, dbias, counted, length, c, inside, d,
-    HAS_IDS: tl.constexpr, SILU: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr,
+    xs, dys, ids_ptr, ids_l, first, history, taps, bias, dtaps, dbias, counted, length,
+    HAS_IDS: tl.constexpr, SILU: tl.constexpr, NVIDIA: tl.constexpr, W: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Compute g for ROWS rows from ``first`` on and add their part of the filter's gradient.
+
+    Args:
+        xs, dys: Those rows, zero outside the sequence.
+        history: The w-1 inputs before them, the oldest first.
 
     Returns:
         The rows of g; whether each continues the row before; the last w-1 inputs; dtaps and dbias.
     """
-    rows = history
-    dys = ()
-    for i in tl.static_range(ROWS):
-        t = first + i
-        rows = rows + (input_row(x_ptr, x_l, initial_ptr, t, length, c, inside, d, False, W),)
-        offset = tl.cast(t, tl.int64) * dy_l + c
-        dys = dys + (tl.load(dy_ptr + offset, mask=row_mask(t, 0, length, c, inside), other=0.0),)
+    rows = history + xs
     same = ()
     if HAS_IDS:
         for i in tl.static_range(ROWS + W - 2):
@@ -176,8 +195,8 @@ def rows_backward(
         g = dys[i].to(tl.float32)
         if SILU:
             u = tap_sum(by_lag, flags, taps, bias, HAS_IDS, W)
-            sigmoid = 1.0 / (1.0 + tl.exp(-u))
-            g = g * sigmoid * (1.0 + u * (1.0 - sigmoid))
+            s = sigmoid(u, NVIDIA)
+            g *= s + u * s * (1.0 - s)
         gs = gs + (g,)
         g = tl.where(counted, g, 0.0)
         dbias += g

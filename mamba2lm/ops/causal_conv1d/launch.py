@@ -18,13 +18,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mamba2lm.ops.kernels import Launches, no_kernels, on_device, signature, unit_stride
+from mamba2lm.ops.kernels import (
+    INTERPRETED,
+    Launches,
+    no_kernels,
+    on_device,
+    signature,
+    unit_stride,
+)
 
 WIDEST = 4
 """Taps that the kernels keep in registers at most."""
 
 ALIGNED = 8
 """Elements by which strides are divided where all of them can be; see ``forward.py``."""
+
+
+NVIDIA = torch.version.hip is None and not INTERPRETED
+"""Whether kernels may use NVIDIA's instructions by name."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,10 @@ class Blocks:
     """Rows loaded before the first of them is used."""
     programs: int
     """Programs there should be at most, so that they fill a GPU in few whole waves."""
+    prefetch: bool = False
+    """Whether the next rows are loaded before the current ones are computed: more registers."""
+    registers: int | None = None
+    """The most that a thread may use, on NVIDIA's GPUs; None leaves it to the compiler."""
 
 
 FORWARD = Blocks(channels=256, warps=2, ahead=4, programs=4224)
@@ -133,10 +148,11 @@ def forward(
             x, weight.contiguous(), x if bias is None else bias, initial, ids, y, final,
             x_b // unit, x_l // unit, ids.stride(0), ids.stride(1),
             length, d // unit, row_blocks, channel_blocks, rows,
-            warps=blocks.warps,
+            warps=blocks.warps, registers=blocks.registers if NVIDIA else None,
             HAS_BIAS=bias is not None, HAS_INITIAL=w > 1 and initial_states is not None,
             HAS_IDS=w > 1 and seq_idx is not None, WANT_FINAL=w > 1 and return_final_states,
-            SILU=silu, W=w, AHEAD=blocks.ahead, BLOCK=blocks.channels, UNIT=unit,
+            SILU=silu, W=w, AHEAD=blocks.ahead, PREFETCH=blocks.prefetch, NVIDIA=NVIDIA,
+            BLOCK=blocks.channels, UNIT=unit,
         )  # fmt: skip
     return y, final
 
@@ -200,10 +216,11 @@ def backward(
             x if bias is None else bias, initial, ids, dx, dinitial, partial,
             *(stride // unit for stride in strides), ids.stride(0), ids.stride(1),
             length, d // unit, row_blocks, channel_blocks, rows,
-            warps=blocks.warps,
+            warps=blocks.warps, registers=blocks.registers if NVIDIA else None,
             HAS_BIAS=bias is not None, HAS_INITIAL=w > 1 and initial_states is not None,
             HAS_DFINAL=w > 1 and dfinal is not None, HAS_IDS=w > 1 and seq_idx is not None,
-            SILU=silu, W=w, AHEAD=blocks.ahead, BLOCK=blocks.channels, UNIT=unit,
+            SILU=silu, W=w, AHEAD=blocks.ahead, PREFETCH=blocks.prefetch, NVIDIA=NVIDIA,
+            BLOCK=blocks.channels, UNIT=unit,
         )  # fmt: skip
         _kernel("partial_sums", "add_partial_sums")(
             launch, partial, dweight, None if bias is None else dbias

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mamba2lm.ops.copies import in_dtype
 from mamba2lm.ops.linear_cross_entropy.launch import softmax_gradient, softmax_gradient_op
 from mamba2lm.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 from mamba2lm.ops.products import add_matrix_gradient
@@ -125,7 +126,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         kernel: bool,
     ) -> Tensor:
         # All rows, although the padding is masked: matrix units want rows of whole 16 bytes.
-        head_vd = weight_vd.to(hidden_td.dtype)
+        head_vd = in_dtype(weight_vd, hidden_td.dtype)
         dhidden_td = torch.empty_like(hidden_td) if learns else None
         dweight_vd = torch.zeros_like(weight_vd, dtype=torch.float32) if learns else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_td.device)

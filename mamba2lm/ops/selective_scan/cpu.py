@@ -22,6 +22,7 @@ from mamba2lm.ops.dispatch import state_dtype
 BLOCK_ELEMENTS = 1_048_576
 
 
+@torch.compiler.disable  # a loop over time, which would be unrolled
 def selective_scan_cpu(
     x_bld: Tensor,
     dt_bld: Tensor,
