@@ -27,6 +27,10 @@ def main(config: GenerateConfig) -> None:
     # A line end or a tab is hard to type in an override.
     config.sampling.stop = [unescape(stop) for stop in config.sampling.stop]
 
+    for name in ("json_schema", "grammar"):
+        if (file := getattr(config, name)) is not None:
+            setattr(config.sampling, name, read_text(name, file))
+
     from mamba2lm.inference.engine import Engine
     from mamba2lm.inference.interactive import converse
     from mamba2lm.inference.loading import load_run
@@ -108,13 +112,7 @@ def read_prompt(config: GenerateConfig) -> str | None:
         text, key, value = config.prompt, "prompt", config.prompt
     elif config.prompt_file is not None:
         key, value = "prompt_file", config.prompt_file
-        try:
-            content = Path(config.prompt_file).read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                key, value, f"cannot be read: {error.strerror}; give a text file."
-            ) from error
-        text = decode(content, key, value)
+        text = read_text(key, value)
     elif config.interactive:
         return None
     elif sys.stdin is not None and not sys.stdin.isatty():
@@ -125,6 +123,21 @@ def read_prompt(config: GenerateConfig) -> str | None:
     if text or config.load_state is not None:
         return text
     raise ConfigError(key, value, "is empty; give prompt=…, prompt_file=… or standard input.")
+
+
+def read_text(key: str, file: str) -> str:
+    """Return what a file holds, less one final line end.
+
+    Raises:
+        ConfigError: It cannot be read, or it is not UTF-8.
+    """
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            key, file, f"cannot be read: {error.strerror}; give a text file."
+        ) from error
+    return decode(content, key, file)
 
 
 def decode(content: bytes, key: str, value: str) -> str:

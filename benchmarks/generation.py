@@ -3,7 +3,6 @@
     python -m benchmarks.generation steps --out results.json      per token, by model and batch
     python -m benchmarks.generation context --out results.json    per token, by tokens read before
     python -m benchmarks.generation offline prefill --out …       many requests; long prompts
-    python -m benchmarks.generation server --out …                64 streaming clients
     python -m benchmarks.generation update --out …                the state update kernel alone
     python -m benchmarks.generation peers --out …                 transformers and mamba-ssm
     python -m benchmarks.generation plot --out results.json       the context figure, beside it
@@ -23,11 +22,9 @@ import importlib
 import importlib.util
 import json
 import logging
-import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -341,63 +338,6 @@ def recorded_us(once: Callable[[], None], calls: int, repeats: int = 9) -> float
     return round(statistics.median(times[1:]), 2)
 
 
-def server(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
-    """Serve 64 streaming clients of mixed lengths; compare with the same requests offline."""
-    from mamba2lm.inference.config import ServeConfig
-    from mamba2lm.inference.server import http_server, listen
-
-    preset = chosen[0] if chosen else "mamba2_130m"
-    engine = Engine(models(preset), Tokenizer.of_bytes(), max_rows=64)
-    torch.manual_seed(0)
-    lengths = torch.randint(16, 400, (512, 2)).tolist()
-    asked = [
-        {
-            "prompt": torch.randint(0, VOCAB_SIZE, (prompt,)).tolist(),
-            "max_tokens": new, "temperature": 0, "ignore_eos": True,
-        }
-        for prompt, new in lengths
-    ]  # fmt: skip
-
-    def at_once(requests: list[dict[str, Any]]) -> float:
-        jobs = [
-            engine.submit(Request(one["prompt"], GREEDY, one["max_tokens"], ignore_eos=True))
-            for one in requests
-        ]
-        began = time.perf_counter()
-        engine.run(jobs)
-        return sum(one["max_tokens"] for one in requests) / (time.perf_counter() - began)
-
-    at_once(asked[:80])  # compile
-    offline_rate = at_once(asked)
-    config = ServeConfig(checkpoint="none", port=0, state_cache_mib=0, max_waiting=1000)
-    http = http_server(config, engine, preset)
-    switch = sys.getswitchinterval()
-    sys.setswitchinterval(0.0005)  # as the server's command does
-    with listen(config) as sock:
-        thread = threading.Thread(target=http.run, kwargs={"sockets": [sock]})
-        thread.start()
-        while not http.started:
-            time.sleep(0.01)
-        port = sock.getsockname()[1]
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("clients.py"))],
-            input=json.dumps({"port": port, "clients": 64, "requests": asked}),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        http.handle_exit(signal.SIGTERM, None)
-        thread.join()
-    sys.setswitchinterval(switch)
-    found = json.loads(done.stdout)
-    yield {
-        "preset": preset,
-        **{name: round(value, 5) for name, value in found.items()},
-        "offline_tokens_per_second": round(offline_rate),
-        "share_of_offline": round(found["new_tokens_per_second"] / offline_rate, 3),
-    }
-
-
 def prefill(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
     """Time reading prompts: one of 8192 tokens and eight of 2048."""
     for preset in chosen or ["mamba2_130m", "mamba2_2_7b"]:
@@ -605,7 +545,6 @@ CASES: dict[str, Callable[[Models, list[str]], Iterator[dict[str, Any]]]] = {
     "steps": steps,
     "context": context,
     "offline": offline,
-    "server": server,
     "update": update,
     "prefill": prefill,
     "peers": peers,

@@ -4,6 +4,7 @@
     python -m benchmarks.ops time --out results.json  forward and backward, kernels and wall
     python -m benchmarks.ops lengths --out l.json     time per token against length, and attention's
     python -m benchmarks.ops tune --out tuning.json --tuned mamba2lm/ops/ssd/tuned/sm90.json
+    python -m benchmarks.ops compile --jobs 16        what tuning will try, beforehand
 
 Nothing is timed that was not found correct in the same run.
 """
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -405,6 +407,13 @@ def table(row: dict[str, Any]) -> str:
 
 FORWARD = ("fused", "states", "scan")
 
+SCHEDULES = (
+    ("chunk", ("states_backward", "through", "within")),
+    ("forward_chunk", ("fused",)),
+    ("forward_chunk", ("states", "scan")),
+)
+"""Which field of ``Config`` is the chunk of which kernels."""
+
 KERNELS = {
     "fused": "fused_kernel",
     "states": "states_kernel",
@@ -415,28 +424,40 @@ KERNELS = {
 }
 
 
-def candidates(kernel_name: str, shape: Shape, base: Config) -> list[Config]:
-    """List what tuning tries for one kernel: a chunk and how to launch it."""
-    wide = shape.n > 128
+def tried_blocks(kernel_name: str, *, wide: bool) -> list[tuple[int, Blocks]]:
+    """List what tuning tries for one kernel: a chunk and how to launch it.
+
+    Args:
+        kernel_name: A field of ``Config``.
+        wide: Whether the state has more than 128 columns.
+    """
     if kernel_name == "fused":
-        tried = [(64, Blocks(w, s, p)) for w in (4, 8) for p in (32, 64) for s in (1, 2, 3)]
-    elif kernel_name in ("states", "states_backward"):
-        tried = [
-            (q, Blocks(w, s, 64, n))
-            for q in (64, 128)
-            for w, n in ((4, 64), (4, 128), (8, 128))
-            for s in (2, 3)
-            if (q, w, n) != (128, 4, 128)
-        ]
-    elif kernel_name == "scan":
-        tried = [
+        return [
+            (64, Blocks(4, s, p, direct=direct))
+            for s, p, direct in (
+                (1, 64, False), (1, 64, True), (2, 64, True), (3, 64, True), (2, 32, True),
+                (3, 32, True),
+            )
+        ]  # fmt: skip
+    if kernel_name in ("states", "states_backward"):
+        return [
+            (q, Blocks(w, s, 64, n, direct=direct))
+            for q, w, s, n, direct in (
+                (64, 4, 3, 64, False), (64, 8, 3, 64, False), (64, 4, 3, 128, False),
+                (64, 8, 3, 128, False), (64, 8, 4, 128, False), (64, 4, 3, 64, True),
+                (64, 4, 4, 64, True), (64, 4, 3, 128, True), (128, 8, 2, 64, False),
+                (128, 8, 3, 64, False), (128, 8, 2, 128, False), (128, 8, 3, 128, False),
+                (128, 4, 2, 64, True), (128, 4, 3, 64, True),
+            )
+        ]  # fmt: skip
+    if kernel_name == "scan":
+        return [
             (q, Blocks(w, s, programs=k))
-            for q, w in ((64, 4), (128, 8))
-            for s in (1, 2, 3)
-            for k in (528, 4224)
-        ]
-    elif kernel_name == "through":
-        tried = [
+            for q, w, s, k in ((64, 4, 3, 528), (128, 8, 2, 528), (128, 8, 3, 528),
+                               (128, 8, 3, 1056))
+        ]  # fmt: skip
+    if kernel_name == "through":
+        return [
             (q, Blocks(w, s, n=n, programs=k))
             for q, w, n in (
                 *(((64, 8, 256),) if wide else ()),
@@ -445,71 +466,95 @@ def candidates(kernel_name: str, shape: Shape, base: Config) -> list[Config]:
             for s in (2, 3)
             for k in (528, 2112)
         ]  # fmt: skip
-    else:
-        tried = [
-            (q, Blocks(w, s, programs=k))
-            for q, w in ((64, 4), *(((64, 8),) if wide else ()), (128, 8))
-            for s in (1, 2, 3)
-            for k in (132, 264)
-        ]
+    return [
+        (q, Blocks(w, s, programs=k))
+        for q, w in ((64, 4), *(((64, 8),) if wide else ()), (128, 8))
+        for s in (1, 2, 3)
+        for k in (132, 264)
+    ]
+
+
+def candidates(kernel_name: str, shape: Shape, base: Config) -> list[Config]:
+    """List the configurations that tuning tries for one kernel."""
+    tried = tried_blocks(kernel_name, wide=shape.n > 128)
     if kernel_name in FORWARD:
         return [
             dataclasses.replace(base, forward_chunk=q, **{kernel_name: blocks})
             for q, blocks in tried
         ]
-    # What the kernels beside it can be launched with at either chunk.
+    # What the kernels beside it can be launched with at another chunk.
     fitting: dict[str, Any] = {
         "states_backward": Blocks(8, 2), "through": Blocks(8, 2, n=64), "within": Blocks(8, 1),
     }  # fmt: skip
     return [
-        dataclasses.replace(base, **{**fitting, "chunk": q, kernel_name: blocks})
+        dataclasses.replace(
+            base, **{**({} if q == base.chunk else fitting), "chunk": q, kernel_name: blocks}
+        )
         for q, blocks in tried
     ]
 
 
 def compile_once(shape: Shape, config: Config) -> str:
-    """Run what ``tune`` will, on a small problem, so that Triton's cache holds the binaries."""
-    small = dataclasses.replace(shape, b=2, length=1024, h=64)
-    inputs = draw(small, torch.bfloat16, initial=False)
+    """Run what ``tune`` will, on small problems, so that Triton's cache holds the binaries."""
     override_config(config)
     try:
+        inputs = draw(
+            dataclasses.replace(shape, b=2, length=2048, h=64), torch.bfloat16, initial=False
+        )
         for run in passes(ours, inputs, torch.randn_like(inputs["x"])).values():
             run()
-        check(dataclasses.replace(small, length=1000), torch.bfloat16, packed=300)
+        small = check_shape(shape)
+        inputs = draw(small, torch.bfloat16)
+        gradients = torch.randn_like(inputs["x"]), torch.randn_like(inputs["initial_states"])
+        with_gradients(kernel, inputs, documents(small, mean=300), gradients)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
     return ""
 
 
+def check_shape(shape: Shape) -> Shape:
+    """Return a smaller problem of the same kind, on which float64 takes little time."""
+    return dataclasses.replace(shape, b=2, length=1000, h=64)
+
+
 def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[str, Any]]:
-    """Check and time one kernel under many configurations, fastest first."""
+    """Time one kernel under many configurations, fastest first.
+
+    They are compared with float64 from the fastest on, until one is right for every chunk.
+    """
     inputs = draw(shape, torch.bfloat16, initial=False)
     dy = torch.randn(inputs["x"].shape, device="cuda", dtype=torch.bfloat16)
     which = "forward" if kernel_name in FORWARD else "both"
     run = passes(ours, inputs, dy)[which]
-    small = dataclasses.replace(shape, b=2, length=1000, h=64)
-    found = []
+    found: list[tuple[float, dict[str, Any], Config]] = []
     for config in tried:
         override_config(config)
         entry: dict[str, Any] = {
             "blocks": dataclasses.asdict(getattr(config, kernel_name)),
             "chunk": config.forward_chunk if kernel_name in FORWARD else config.chunk,
+            "ms": math.inf,
         }
         try:
-            times = kernel_times(run, repeats=3)
-            entry["ms"] = times[KERNELS[kernel_name]]
-            checked = check(small, torch.bfloat16, packed=300)
-            entry["ok"], entry["bad"] = checked["ok"], checked["bad"]
+            entry["ms"] = kernel_times(run, repeats=3)[KERNELS[kernel_name]]
         except Exception as error:  # what does not compile or fit is a result, recorded as one
-            entry["ms"], entry["error"] = float("inf"), f"{type(error).__name__}: {error}"[:200]
-        found.append(entry)
+            entry["error"] = f"{type(error).__name__}: {error}"[:200]
+        found.append((entry["ms"], entry, config))
+    found.sort(key=lambda each: each[0])
+    settled: set[int] = set()
+    for _, entry, config in found:
+        if entry["chunk"] not in settled and "error" not in entry:
+            override_config(config)
+            checked = check(check_shape(shape), torch.bfloat16, packed=300)
+            entry["ok"], entry["bad"] = checked["ok"], checked["bad"]
+            if checked["ok"]:
+                settled.add(entry["chunk"])
     override_config(None)
-    return sorted(found, key=lambda entry: entry["ms"])
+    return [entry for _, entry, _ in found]
 
 
 CLASSES: tuple[tuple[str, str, dict[str, tuple[int, int]]], ...] = (
     ("S* N256", "states scan states_backward through within", {"state": (8193, 16384)}),
-    ("S*", "fused states_backward through within", {"rows": (264, 10**9)}),
+    ("S*", "fused states scan states_backward through within", {"rows": (264, 10**9)}),
     (
         "B1 L65536 H64",
         "states scan states_backward through within",
@@ -520,70 +565,114 @@ CLASSES: tuple[tuple[str, str, dict[str, tuple[int, int]]], ...] = (
 """Shape, kernels and bounds of each entry that ``tune`` writes."""
 
 
-def best_config(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def best_config(found: dict[str, list[dict[str, Any]]], base: Config) -> dict[str, Any]:
     """Put the fastest correct choice for every kernel together as the entry of a tuned file.
 
-    Kernels of one pass must agree on a chunk: the sum of their times decides.
+    Kernels of one schedule must agree on a chunk: the sum of their times decides, and so it does
+    between the two forward schedules where both were tried. Where not all kernels of a schedule
+    were, its chunk stays.
+
+    Args:
+        found: What ``tune`` returned, by kernel.
+        base: The configuration before.
     """
     good = {name: [e for e in entries if e.get("ok")] for name, entries in found.items()}
+
+    def fastest(name: str, q: int) -> dict[str, Any]:
+        return next((e for e in good[name] if e["chunk"] == q), {"ms": math.inf})
+
     chosen: dict[str, Any] = {}
-    for key in ("chunk", "forward_chunk"):
-        names = [name for name in good if (name in FORWARD) == (key == "forward_chunk")]
-        if not names:
+    forward_ms = math.inf
+    for key, names in SCHEDULES:
+        tried = [name for name in names if name in good]
+        if not tried:
             continue
-
-        def fastest(name: str, q: int) -> dict[str, Any]:
-            return next((e for e in good[name] if e["chunk"] == q), {"ms": float("inf")})
-
-        chunk = min((64, 128), key=lambda q: sum(fastest(name, q)["ms"] for name in names))
+        chunks = (64, 128) if len(tried) == len(names) else (getattr(base, key),)
+        times = {q: sum(fastest(name, q)["ms"] for name in tried) for q in chunks}
+        chunk = min(times, key=lambda q: times[q])
+        if times[chunk] == math.inf:
+            continue
+        if key == "forward_chunk":
+            if times[chunk] >= forward_ms:
+                continue
+            forward_ms = times[chunk]
+            if "fused" in good:
+                chosen["fused"] = None
         chosen[key] = chunk
-        chosen |= {name: fastest(name, chunk)["blocks"] for name in names}
+        chosen |= {name: fastest(name, chunk)["blocks"] for name in tried}
     return chosen
 
 
-def tune_all(
-    jobs: int,
-    out: Path | None,
-    tuned: Path | None,
-    shapes: list[str] | None,
-    kernels: list[str] | None,
-) -> list[dict[str, Any]]:
-    """Tune classes of shapes, all by default; write all timings, and entries of a tuned file."""
+@dataclass(frozen=True)
+class Work:
+    """One kernel to tune for one class of shapes."""
+
+    shape: Shape
+    kernel_name: str
+    base: Config
+    tried: list[Config]
+
+
+def tuning_work(shapes: list[str] | None, kernels: list[str] | None) -> list[Work]:
+    """List what to tune, all classes and kernels by default.
+
+    Where only some kernels of a schedule are, they keep the chunk that it has.
+    """
     by_name = {shape.name: shape for shape in SHAPES}
-    work: list[tuple[Shape, str, list[Config]]] = []
-    classes = [entry for entry in CLASSES if shapes is None or entry[0] in shapes]
-    for shape_name, names, _ in classes:
+    work: list[Work] = []
+    for shape_name, all_names, _ in CLASSES:
+        if shapes is not None and shape_name not in shapes:
+            continue
         shape = by_name[shape_name]
-        config = choose_config(
-            torch.cuda.get_device_capability()[0],
-            bits=16, rows=shape.b * shape.h, length=shape.length, p=shape.p, n=shape.n,
-        )  # fmt: skip
-        for name in names.split():
-            if kernels is not None and name not in kernels:
-                continue
+        config = shipped_config(shape)
+        names = [name for name in all_names.split() if kernels is None or name in kernels]
+        for name in names:
             chunked = name in ("states", "scan")
             base = dataclasses.replace(config, fused=None) if chunked else config
-            work.append((shape, name, candidates(name, shape, base)))
-    if jobs > 1:
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            pool.starmap(compile_once, [(s, config) for s, _, tried in work for config in tried], 1)
+            tried = candidates(name, shape, base)
+            key, together = next((k, t) for k, t in SCHEDULES if name in t)
+            if not set(together) <= set(names):
+                tried = [c for c in tried if getattr(c, key) == getattr(base, key)]
+            work.append(Work(shape, name, base, tried))
+    return work
+
+
+def compile_all(work: list[Work], jobs: int) -> None:
+    """Compile what tuning will try in several processes, which share Triton's cache."""
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        pool.starmap(compile_once, [(w.shape, c) for w in work for c in w.tried], 1)
+
+
+def tune_all(work: list[Work], out: Path | None, tuned: Path | None) -> list[dict[str, Any]]:
+    """Tune one kernel after another; write all timings, and entries of a tuned file."""
     rows: list[dict[str, Any]] = []
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for shape, name, tried in work:
-        found = results.setdefault(shape.name, {})[name] = tune(shape, name, tried)
-        rows.append({"shape": shape.name, "kernel": name, "found": found})
-        sys.stdout.write(f"{shape.name} {name} {json.dumps(found[0])}\n")
+    bases: dict[str, Config] = {}
+    for each in work:
+        found = tune(each.shape, each.kernel_name, each.tried)
+        results.setdefault(each.shape.name, {})[each.kernel_name] = found
+        bases.setdefault(each.shape.name, each.base)
+        rows.append({"shape": each.shape.name, "kernel": each.kernel_name, "found": found})
+        sys.stdout.write(f"{each.shape.name} {each.kernel_name} {json.dumps(found[0])}\n")
         sys.stdout.flush()
         if out:
             out.write_text(json.dumps(rows, indent=1) + "\n")
     if tuned:
-        bounds = {name: when for name, _, when in classes}
+        bounds = {name: when for name, _, when in CLASSES}
         entries = json.loads(tuned.read_text())
-        for name in results:
+        for name, found_by_kernel in results.items():
             entry = next(e for e in entries if _pairs(e["when"]) == _pairs(bounds[name]))
-            entry["use"] |= best_config(results[name])
+            entry["use"] |= best_config(found_by_kernel, bases[name])
         tuned.write_text(json.dumps(entries, indent=1) + "\n")
     return rows
+
+
+def shipped_config(shape: Shape) -> Config:
+    """Return the configuration that a shape has in the repository, in bfloat16."""
+    return choose_config(
+        torch.cuda.get_device_capability()[0],
+        bits=16, rows=shape.b * shape.h, length=shape.length, p=shape.p, n=shape.n,
+    )  # fmt: skip
 
 
 def _pairs(bounds: dict[str, Any]) -> dict[str, list[int]]:
@@ -605,7 +694,7 @@ def environment() -> dict[str, str]:
 def main() -> int:
     """Run one command and write its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["check", "time", "lengths", "tune"])
+    parser.add_argument("command", choices=["check", "time", "lengths", "tune", "compile"])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tuned", type=Path, help="file of block sizes that tune rewrites")
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default all")
@@ -613,10 +702,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile, for tune")
     parser.add_argument("--peer-chunks", nargs="*", type=int, default=[128, 256])
     arguments = parser.parse_args()
-    if arguments.command == "tune":
-        rows = tune_all(
-            arguments.jobs, arguments.out, arguments.tuned, arguments.shapes, arguments.kernels
-        )
+    if arguments.command in ("tune", "compile"):
+        work = tuning_work(arguments.shapes, arguments.kernels)
+        if arguments.jobs > 1 or arguments.command == "compile":
+            compile_all(work, arguments.jobs)
+        if arguments.command == "compile":
+            return 0
+        rows = tune_all(work, arguments.out, arguments.tuned)
         return int(not all(any(e.get("ok") for e in row["found"]) for row in rows))
     results: dict[str, Any] = {"environment": environment(), "rows": []}
     if arguments.command == "lengths":
@@ -628,13 +720,8 @@ def main() -> int:
     for shape in SHAPES:
         if arguments.shapes and shape.name not in arguments.shapes:
             continue
-        config = choose_config(
-            torch.cuda.get_device_capability()[0],
-            bits=16, rows=shape.b * shape.h, length=shape.length, p=shape.p, n=shape.n,
-        )  # fmt: skip
-        override_config(config)
-        small = dataclasses.replace(shape, b=2, length=1000, h=64)
-        checked = check(small, torch.bfloat16, packed=300)
+        override_config(shipped_config(shape))
+        checked = check(check_shape(shape), torch.bfloat16, packed=300)
         override_config(None)
         if not checked["ok"]:
             failed = True

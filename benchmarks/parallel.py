@@ -32,7 +32,8 @@ from torch import Tensor
 
 from mamba2lm.cli import CONFIGS, fail
 from mamba2lm.data import DataConfig, TokenizerConfig, TokenizerKind, prepare_data
-from mamba2lm.data.loader import Corpus, training_batches
+from mamba2lm.data.batches import training_batches
+from mamba2lm.data.loader import Corpus
 from mamba2lm.distributed import Mesh, ParallelConfig, World
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.models.checkpoint import newest_valid

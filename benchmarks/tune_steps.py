@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.generation import PRESETS, VOCAB_SIZE, recorded_us
 from mamba2lm import ops
 from mamba2lm.models import LanguageModel, ModelConfig
-from mamba2lm.ops import Convolution, Norm
+from mamba2lm.ops import Convolution, Norm, Scale
 from mamba2lm.ops.linear_step import launch
 from mamba2lm.ops.linear_step.launch import Blocks
 from mamba2lm.schema import from_mapping
@@ -34,6 +34,8 @@ from mamba2lm.schema import from_mapping
 log = logging.getLogger(__name__)
 
 MODELS = ("mamba2_130m", "mamba2_2_7b", "mamba1_130m", "mamba1_2_8b")
+PROCESSORS = 132
+"""Of an H100."""
 STREAMED = 300e6
 """Bytes of different weights that are read in turn: several times what a cache holds."""
 
@@ -51,6 +53,8 @@ class Product:
     residual: bool = False
     wide: bool = False
     """Whether the result is float32."""
+    scaled: bool = False
+    """Whether the kernel before leaves the squares of a gated norm."""
 
 
 def products(preset: str) -> Iterator[Product]:
@@ -96,6 +100,17 @@ def candidates(product: Product, rows: int) -> list[Blocks]:
         Blocks(n=n, k=k, warps=w, rows=rows, stages=s, folded=False, ahead=4)
         for n, k, w, s in tiles
     ]
+    if rows == 64 and not product.wide:
+        # The rows as the left factor, and as many programs as there are processors, or two each.
+        for n, k, w, s in [(64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 8, 4), (32, 128, 4, 3)]:
+            programs, most = -(-product.n // n), min(16, -(-product.k // k))
+            splits = {1}
+            if programs < 100:
+                splits = {-(-PROCESSORS // programs), 2 * PROCESSORS // programs}
+            found += [
+                Blocks(n, k, w, rows, s, folded=False, ahead=4, split=split, flip=True)
+                for split in sorted({min(split, most) for split in splits})
+            ]
     if rows == 8 and product.normed:
         found.append(Blocks(n=16, k=256, warps=4, rows=rows, stages=3))
     return found
@@ -114,9 +129,12 @@ class Case:
         self.x = randn(rows, k, dtype=torch.float32 if stream else torch.bfloat16)
         self.given: dict[str, Any] = {}
         self.kept: Tensor | None = None
-        if product.normed:
+        if product.scaled:
+            squares = randn(rows, k // 64, dtype=torch.float32).square() * 64
+            self.given["scale"] = Scale(squares)
+        elif product.normed:
             self.given["norm"] = Norm(torch.nn.Parameter(randn(k)))
-        if product.gated:
+        if product.gated and not product.scaled:
             self.given["gate"] = randn(rows, 2 * k)[:, :k]
         if product.residual:
             self.given["residual"] = randn(rows, n, dtype=torch.float32)
@@ -153,9 +171,13 @@ def leave_to_library(case: Callable[[], Any]) -> Any:
 def tune(product: Product, rows: int) -> dict[str, Any]:
     """Return an entry of the tuned file."""
     size = product.n * product.k * 2
-    case = Case(product, rows, max(2, min(24, int(STREAMED // size) + 1)))
-    expected = leave_to_library(case.result)
+    copies = max(2, min(24, int(STREAMED // size) + 1))
+    # A library's product needs its inputs normalised.
+    case = Case(replace(product, scaled=False), rows, copies)
     library = leave_to_library(lambda: recorded_us(case.all, len(case.weights)))
+    if product.scaled:
+        case = Case(product, rows, copies)
+    expected = leave_to_library(case.result)
     timed: list[tuple[float, Blocks]] = []
     for blocks in candidates(product, rows):
         launch.override_blocks(blocks)
@@ -194,6 +216,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 64])
+    parser.add_argument(
+        "--scaled", action="store_true", help="state updates leave the squares of a gated norm"
+    )
     parser.add_argument("--part", help="compile only, the I-th of N parts: I/N")
     parser.add_argument("--seconds", type=float, default=600, help="begin nothing new after these")
     options = parser.parse_args()
@@ -202,6 +227,8 @@ def main() -> None:
     # Products that several models share are one; a head's result is wide in all of them.
     # The first of the models counts.
     shapes = {(p.n, p.k): p for name in reversed(options.models) for p in products(name)}
+    if options.scaled:
+        shapes = {key: replace(p, scaled=p.gated) for key, p in shapes.items()}
     work = [(product, rows) for rows in options.rows for product in shapes.values()]
     if options.part:
         place, parts = map(int, options.part.split("/"))

@@ -30,6 +30,107 @@ WARM = ["torch._dynamo", "train", "generate", "eval.tasks", "torch.distributed.f
 """What programs import anyway: a training run's optimizer brings torch's compiler."""
 
 
+class Program:
+    """A program of the repository that runs, alone or as several ranks."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        processes: int | None = None,
+        stdin: bytes = b"",
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start it.
+
+        Args:
+            arguments: As after ``python``: a script, ``-m`` and a module, or ``-c`` and code.
+            processes: Ranks to start; None starts one that has not heard of ranks.
+            stdin: What it reads, on every rank.
+            cwd: Working folder, by default the repository.
+            environment: Added to this process's.
+        """
+        self.arguments = arguments
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+        ranks: list[dict[str, str]] = [{}]
+        if processes is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = ""
+            shared = {
+                "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            }  # fmt: skip
+            ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        (folder / "stdin").write_bytes(stdin)
+        self._streams = [folder / str(rank) for rank in range(len(ranks))]
+        self._children = [
+            _server().Process(
+                target=_run, args=(arguments, {**variables, **rank}, str(cwd or ROOT), str(stream))
+            )
+            for rank, stream in zip(ranks, self._streams, strict=True)
+        ]
+        for child in self._children:
+            child.start()
+
+    @property
+    def pids(self) -> list[int]:
+        """Return the processes' ids, by rank."""
+        return [child.pid or 0 for child in self._children]
+
+    @property
+    def codes(self) -> list[int | None]:
+        """Return the exit codes, by rank: negative after a signal, None while it runs."""
+        return [child.exitcode for child in self._children]
+
+    def written(self, suffix: str = ".err") -> bytes:
+        """Return what the ranks wrote until now, one after the other."""
+        files = [stream.with_suffix(suffix) for stream in self._streams]
+        return b"".join(file.read_bytes() for file in files if file.exists())
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        for child in self._children:
+            child.kill()
+            child.join()
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[bytes]:
+        """Wait for it, as torchrun does: when one process fails, the rest is killed after a while.
+
+        Args:
+            timeout: Seconds after which to fail.
+
+        Returns:
+            The first exit code that is not 0, and what the ranks wrote, one after the other.
+
+        Raises:
+            TimeoutExpired: With what had been written until then.
+        """
+        deadline, failed = time.monotonic() + timeout, None
+        try:
+            while None in self.codes:
+                now = time.monotonic()
+                if now > deadline:
+                    written = self.written(".out"), self.written()
+                    raise subprocess.TimeoutExpired(self.arguments, timeout, *written)
+                if failed is None and any(self.codes):
+                    failed = now
+                if failed is not None and now > failed + 20:
+                    break  # the rest waits for it in a collective
+                next(child for child in self._children if child.exitcode is None).join(0.05)
+            # Who is ended because another failed is not the one that failed.
+            code = next((c for c in self.codes if c and c > 0), None)
+        finally:
+            self.end()
+        if code is None:
+            code = next((c for c in self.codes if c), 0)
+        done = subprocess.CompletedProcess(
+            self.arguments, code, self.written(".out"), self.written()
+        )
+        self._folder.cleanup()
+        return done
+
+
 def run_program(
     *arguments: str,
     processes: int | None = None,
@@ -38,78 +139,11 @@ def run_program(
     environment: Mapping[str, str] | None = None,
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run a program of the repository to its end.
-
-    Args:
-        arguments: As after ``python``: a script, ``-m`` and a module, or ``-c`` and code.
-        processes: Ranks to start; None starts one that has not heard of ranks.
-        stdin: What it reads, on every rank.
-        cwd: Working folder, by default the repository.
-        environment: Added to this process's.
-        timeout: Seconds after which to fail.
-
-    Returns:
-        The first exit code that is not 0, and what the ranks wrote, one after the other.
-
-    Raises:
-        TimeoutExpired: With what had been written until then.
-    """
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    ranks: list[dict[str, str]] = [{}]
-    if processes is not None:
-        variables["CUDA_VISIBLE_DEVICES"] = ""
-        shared = {
-            "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        }  # fmt: skip
-        ranks = [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(processes)]
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "stdin").write_bytes(stdin)
-        streams = [Path(folder) / str(rank) for rank in range(len(ranks))]
-        children = [
-            _server().Process(
-                target=_run, args=(arguments, {**variables, **rank}, str(cwd or ROOT), str(stream))
-            )
-            for rank, stream in zip(ranks, streams, strict=True)
-        ]
-        late = False
-        try:
-            for child in children:
-                child.start()
-            late = not _wait(children, time.monotonic() + timeout)
-        finally:
-            for child in children:
-                if child.is_alive():
-                    child.kill()
-                child.join()
-        stdout, stderr = (
-            b"".join(stream.with_suffix(suffix).read_bytes() for stream in streams)
-            for suffix in (".out", ".err")
-        )
-    if late:
-        raise subprocess.TimeoutExpired(arguments, timeout, stdout, stderr)
-    codes = [child.exitcode for child in children]
-    # Who was ended because another failed is not the one that failed.
-    code = next((c for c in codes if c and c > 0), next((c for c in codes if c), 0))
-    return subprocess.CompletedProcess(arguments, code, stdout, stderr)
-
-
-def _wait(children: list, deadline: float) -> bool:  # type: ignore[type-arg]
-    """Wait until all have ended, or a while after one has failed; return whether that was in time.
-
-    The rest would wait for it in a collective.
-    """
-    failed = None
-    while any(child.is_alive() for child in children):
-        now = time.monotonic()
-        if now > deadline:
-            return False
-        if failed is None and any(child.exitcode for child in children):
-            failed = now
-        if failed is not None and now > failed + 20:
-            return True
-        next(child for child in children if child.is_alive()).join(0.05)
-    return True
+    """Run a program to its end; for what is given and returned see ``Program``."""
+    program = Program(
+        *arguments, processes=processes, stdin=stdin, cwd=cwd, environment=environment
+    )
+    return program.wait(timeout)
 
 
 @functools.cache

@@ -1,15 +1,17 @@
 """Documents to tokens to packed batches, tokenizers, the sampler and the synthetic tasks."""
 
+from mamba2lm.data.batches import (
+    TrainingSamples,
+    ValidationSamples,
+    training_batches,
+    validation_batches,
+)
 from mamba2lm.data.induction import InductionConfig
 from mamba2lm.data.loader import (
     Corpus,
     DataConfig,
     DataKind,
-    TrainingSamples,
-    ValidationSamples,
     prepare_data,
-    training_batches,
-    validation_batches,
 )
 from mamba2lm.data.packing import IGNORED
 from mamba2lm.data.recall import RecallConfig, generate_recall

@@ -264,6 +264,10 @@ class Tokenizer:
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
+    def to_json(self) -> str:
+        """Return what `tokenizer.json` holds."""
+        return self._inner.to_str()
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that an id of a byte-level tokenizer stands for.
 
@@ -292,6 +296,10 @@ class TextStream:
         """Take one id; return the text that is now certain, often one token behind."""
         raise NotImplementedError
 
+    def extend(self, token_ids: Iterable[int]) -> str:
+        """Take several."""
+        return "".join([self.push(token_id) for token_id in token_ids])
+
     def flush(self) -> str:
         """Return what was held back and start anew."""
         raise NotImplementedError
@@ -306,6 +314,9 @@ class ByteStream(TextStream):
 
     def push(self, token_id: int) -> str:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def extend(self, token_ids: Iterable[int]) -> str:
+        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids)))
 
     def flush(self) -> str:
         rest = self._decoder.decode(b"", final=True)

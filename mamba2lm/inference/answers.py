@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from mamba2lm.inference.worker import Piece, SessionBusyError, SessionGoneError,
 from mamba2lm.schema import ConfigError
 
 if TYPE_CHECKING:
-    from mamba2lm.inference.server import Server
+    from mamba2lm.inference.app import Server
 
 LAST_WORDS = 5
 """Seconds for what has to be written when time is up."""
@@ -61,6 +60,8 @@ class Running:
 
     def __init__(self, server: Server, tickets: list[Ticket], rows: int) -> None:
         self.tickets = tickets
+        self.rows = rows * len(tickets)
+        """Continuations of all prompts."""
         self._server = server
         self._rows = rows
 
@@ -165,7 +166,7 @@ class Answer:
         self.tokens = 0
         self.include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._head = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "id": f"{self.prefix}-{server.random.getrandbits(128):032x}",
             "created": int(time.time()),
             "model": server.model_name,
             "system_fingerprint": None,
@@ -340,32 +341,46 @@ class EventStream(Response):
             self._server.duration.observe(time.perf_counter() - self._began)
 
     async def _write(self, send: Send) -> None:
-        async def event(value: object) -> None:
-            data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            body = f"data: {data}\n\n".encode()
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+        async def give(events: list[str], *, more: bool = True) -> None:
+            body = "".join([f"data: {event}\n\n" for event in events]).encode()
+            await send({"type": "http.response.body", "body": body, "more_body": more})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         answer, running = self._answer, self._running
         head = answer.head(answer.chunk_kind)
         if answer.include_usage:
             head["usage"] = None
+        # What all events begin with is written once.
+        start = _json(head).removesuffix("}") + ', "choices": ['
+
+        def events(choices: list[dict[str, Any]]) -> list[str]:
+            return [f"{start}{_json(choice)}]}}" for choice in choices]
+
+        last: list[str] = []
         try:
             async with asyncio.timeout(self._server.config.request_timeout):
-                for choice in answer.opening(running):
-                    await event({**head, "choices": [choice]})
+                if opening := events(answer.opening(running)):
+                    await give(opening)
+                left = running.rows
                 async for i, piece in running.pieces():
                     answer.tokens += piece.tokens
-                    for choice in answer.delta(i, piece, running):
-                        await event({**head, "choices": [choice]})
+                    left -= piece.finish_reason is not None
+                    last = events(answer.delta(i, piece, running))
+                    # What comes last goes out with the end.
+                    if last and left:
+                        await give(last)
             if answer.include_usage:
-                await event({**head, "choices": [], "usage": answer.usage(running)})
-            await event("[DONE]")
+                last.append(_json({**head, "choices": [], "usage": answer.usage(running)}))
+            last.append("[DONE]")
         except ApiError as error:
-            await event(error.body)
+            last = [_json(error.body)]
         except TimeoutError:
-            await event(timed_out().body)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = [_json(timed_out().body)]
+        await give(last, more=False)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def busy(status: int, message: str) -> ApiError:

@@ -1,11 +1,13 @@
 """The shapes of OpenAI's HTTP API: what may be asked, what is answered, how errors look.
 
 Fields beyond OpenAI's own: ``top_k``, ``min_p``, ``typical_p``, ``repetition_penalty``,
-``stop_token_ids``, ``ignore_eos`` and, for completions, ``session``.
+``stop_token_ids``, ``ignore_eos``, the types ``regex`` and ``grammar`` of ``response_format`` and,
+for completions, ``response_format`` and ``session``.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -20,6 +22,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000
+_LONGEST_GRAMMAR = 20_000
 
 
 class ApiError(Exception):
@@ -48,6 +51,82 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None
 
 
+class Format(BaseModel):
+    """What an answer must look like."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @property
+    def constraint(self) -> dict[str, str]:
+        """The fields of ``SamplingConfig`` that it asks for."""
+        return {}
+
+
+class TextFormat(Format):
+    """Anything."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(Format):
+    """Any one JSON object."""
+
+    type: Literal["json_object"]
+
+    @property
+    def constraint(self) -> dict[str, str]:
+        return {"json_schema": '{"type": "object"}'}
+
+
+class NamedSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    name: Annotated[str, Field(max_length=64)] | None = None
+    description: str | None = None
+    strict: bool | None = None
+    """Schemas are followed to the letter either way."""
+
+
+class SchemaFormat(Format):
+    """JSON by a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    @property
+    def constraint(self) -> dict[str, str]:
+        return {"json_schema": json.dumps(self.json_schema.schema_)}
+
+
+class RegexFormat(Format):
+    """A whole match of a regular expression."""
+
+    type: Literal["regex"]
+    regex: Annotated[str, Field(max_length=_LONGEST_GRAMMAR)]
+
+    @property
+    def constraint(self) -> dict[str, str]:
+        return {"regex": self.regex}
+
+
+class GrammarFormat(Format):
+    """A sentence of a grammar, in Lark's syntax."""
+
+    type: Literal["grammar"]
+    grammar: Annotated[str, Field(max_length=_LONGEST_GRAMMAR)]
+
+    @property
+    def constraint(self) -> dict[str, str]:
+        return {"grammar": self.grammar}
+
+
+ResponseFormat = Annotated[
+    TextFormat | ObjectFormat | SchemaFormat | RegexFormat | GrammarFormat,
+    Field(discriminator="type"),
+]
+
+
 class GenerationRequest(BaseModel):
     """What both kinds of request have."""
 
@@ -71,6 +150,7 @@ class GenerationRequest(BaseModel):
     repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=100)] | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("stop")
     @classmethod
@@ -93,7 +173,8 @@ class GenerationRequest(BaseModel):
             )
             if getattr(self, name) is not None
         }  # fmt: skip
-        return SamplingConfig(**{"temperature": 1.0, **given})
+        follow = {} if self.response_format is None else self.response_format.constraint
+        return SamplingConfig(**{"temperature": 1.0, **given, **follow})
 
 
 class CompletionRequest(GenerationRequest):
@@ -140,12 +221,6 @@ class Message(BaseModel):
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
 
 
-class TextFormat(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: Literal["text"]
-
-
 class ChatRequest(GenerationRequest):
     """The body of ``/v1/chat/completions``."""
 
@@ -153,7 +228,6 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None

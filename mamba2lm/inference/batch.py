@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mamba2lm.inference.decoding import TokenLogprob
 from mamba2lm.inference.sampling import Drawn, Features, SamplingConfig, SamplingRows, draw
+from mamba2lm.inference.structured import Constraint
 from mamba2lm.models import LanguageModel, ModelState
 
 log = logging.getLogger(__name__)
@@ -54,15 +55,17 @@ class Slot:
     """Ids that the repetition penalty applies to from the start."""
     logprobs: int | None
     """Alternatives to report beside a token, 0 for the token alone, None for nothing."""
+    constraint: Constraint | None = None
+    """What the row's text must follow."""
 
 
 @dataclass
-class DrawnToken:
-    """A token as the host sees it."""
+class DrawnTokens:
+    """What one row has drawn, as the host sees it."""
 
-    token_id: int
-    """−1 where the model's output is not finite."""
-    logprob: TokenLogprob | None
+    token_ids: list[int]
+    """One a step; −1 where the model's output is not finite."""
+    logprobs: list[TokenLogprob] | None
 
 
 class Flight:
@@ -94,27 +97,26 @@ class Flight:
         host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
         return host.copy_(stacked, non_blocking=True)
 
-    def tokens(self) -> list[list[DrawnToken]]:
-        """Wait for it; return for each step one token a row."""
+    def tokens(self) -> list[DrawnTokens]:
+        """Wait for it; return one after the other what each row has drawn."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        token_tb, logprob_tb, top_tbw, top_token_tbw = (
-            [] if tensor is None else tensor.tolist() for tensor in self._fetched
+        token_bt, logprob_bt, top_btw, top_token_btw = (
+            [] if tensor is None else tensor.transpose(0, 1).tolist() for tensor in self._fetched
         )
-        steps = []
-        for t, token_b in enumerate(token_tb):
-            step = []
-            for i, slot in enumerate(self.slots):
-                logprob = None
-                if slot.logprobs is not None:
-                    top = []
-                    if slot.logprobs:
-                        pairs = zip(top_token_tbw[t][i], top_tbw[t][i], strict=True)
-                        top = list(pairs)[: slot.logprobs]
-                    logprob = TokenLogprob(token_b[i], logprob_tb[t][i], top)
-                step.append(DrawnToken(token_b[i], logprob))
-            steps.append(step)
-        return steps
+        # Steps run over a few more rows than there are.
+        drawn = [DrawnTokens(token_t, None) for token_t in token_bt[: len(self.slots)]]
+        for i, (slot, row) in enumerate(zip(self.slots, drawn, strict=True)):
+            if slot.logprobs is None:
+                continue
+            row.logprobs = []
+            for t, token_id in enumerate(row.token_ids):
+                top = []
+                if slot.logprobs:
+                    pairs = zip(top_token_btw[i][t], top_btw[i][t], strict=True)
+                    top = list(pairs)[: slot.logprobs]
+                row.logprobs.append(TokenLogprob(token_id, logprob_bt[i][t], top))
+        return drawn
 
 
 class Batch:
@@ -127,6 +129,7 @@ class Batch:
         *,
         recurrent_dtype: torch.dtype | None = None,
         graphs: bool = True,
+        masks: Callable[[Sequence[Constraint]], Tensor] | None = None,
     ) -> None:
         """Make room for nothing yet.
 
@@ -135,7 +138,9 @@ class Batch:
             max_rows: Most rows at once.
             recurrent_dtype: Of recurrent states while they decode; default the model's own.
             graphs: Replay steps as CUDA graphs where the device has them.
+            masks: Tells what constraints allow next, where rows have any.
         """
+        self._masks = masks
         self.slots: list[Slot] = []
         self._model = model
         self._device = model.embedding.weight.device
@@ -154,6 +159,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether any row must follow something."""
+        return any(slot.constraint is not None for slot in self.slots)
 
     @property
     def nbytes(self) -> int:
@@ -177,9 +187,13 @@ class Batch:
         if any(slot.sampling.penalises for slot in slots) and self._rows.counts_bv is None:
             self._rows.track(self._model.vocab_size)
             self._forget_graphs()
+        if any(slot.constraint for slot in slots) and self._rows.mask_bw is None:
+            self._rows.track_masks(self._model.vocab_size)
+            self._forget_graphs()
         for i, (slot, state) in enumerate(zip(slots, states, strict=True), start=old):
             self._state.put(i, state)
             self._rows.put(i, slot.sampling, slot.seed, slot.seen)
+        self._allow(slots, old)
         features = self._features(slots)
         drawn = draw(logits_bv, self._rows.rows(old, new), features)
         self._token_b[old:new] = drawn.token_b
@@ -198,10 +212,14 @@ class Batch:
     def launch(self, count: int = 1) -> Flight:
         """Feed each row its last token and draw the next, ``count`` times.
 
+        With constraints once: they have to hear of every token before the next is drawn.
+
         A GPU is told what to do and not waited for; what is asked of the batch meanwhile takes
         place after it.
         """
+        assert count == 1 or not self.constrained
         self.reserve(count)
+        self._allow(self.slots, 0)
         tokens = max(slot.tokens for slot in self.slots) + count
         features = self._needs = self._needs or self._features(self.slots)
         rows, slots = self._bucket(len(self)), _slots_for(tokens) if self.grows else 0
@@ -277,6 +295,18 @@ class Batch:
             return drawn
 
         return run
+
+    def _allow(self, slots: Sequence[Slot], first: int) -> None:
+        """Tell the draw what the constraints of these slots, from row ``first`` on, allow next."""
+        pairs = [
+            (i, slot.constraint)
+            for i, slot in enumerate(slots, first)
+            if slot.constraint is not None
+        ]
+        if pairs:
+            assert self._masks is not None
+            indices, constraints = zip(*pairs, strict=True)
+            self._rows.allow(indices, self._masks(constraints))
 
     def _features(self, slots: Sequence[Slot]) -> Features:
         return Features.of(

@@ -33,6 +33,11 @@ class GenerateConfig:
     echo: bool = True
     """Write the prompt before its continuation, so that the output reads as one text."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    json_schema: str | None = None
+    """A file with a JSON schema that the text must follow (``sampling.json_schema`` is the schema
+    itself); needs the extra ``structured``."""
+    grammar: str | None = None
+    """A file with a grammar, as ``sampling.grammar`` would be; needs it too."""
     load_state: str | None = None
     """Continue from a state file instead of from nothing."""
     save_state: str | None = None
@@ -63,6 +68,14 @@ class GenerateConfig:
         for name in ("prefill_chunk", "max_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be ≥ 1.")
+        for name in ("json_schema", "grammar"):
+            file = getattr(self, name)
+            if file is not None and self.sampling.constraint is not None:
+                raise ConfigError(
+                    name, file, f"sampling.{self.sampling.constraint[0]} is given too."
+                )
+        if self.json_schema is not None and self.grammar is not None:
+            raise ConfigError("grammar", self.grammar, "json_schema is given too; give one.")
         self.sampling.validate()
         if self.prompt is not None and self.prompt_file is not None:
             raise ConfigError(

@@ -81,19 +81,44 @@ class Row:
         """Tokens that may still be drawn."""
         return self._max_new_tokens - len(self.token_ids)
 
-    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
-        """Take a drawn token; return the text that has become certain."""
+    def extend(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None = None
+    ) -> str:
+        """Take tokens drawn one after the other, up to the one that ends the text.
+
+        Args:
+            token_ids: At least one.
+            logprobs: Theirs, where they are reported.
+
+        Returns:
+            The text that has become certain.
+        """
         assert self.finish_reason is None
-        if token_id in self._ends:
-            self.ended_by = token_id
-            return self.finish("eos" if token_id == self._eos_id else "stop")
-        self.token_ids.append(token_id)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        text = self._give(self._stop.push(self._decoder.push(token_id)))
+        token_ids = token_ids[: self.left]
+        ended_by: int | None = None
+        if not self._ends.isdisjoint(token_ids):
+            end = next(i for i, token_id in enumerate(token_ids) if token_id in self._ends)
+            token_ids, ended_by = token_ids[:end], token_ids[end]
+        text = ""
+        if self._stop.looks:
+            # A stop string may end with any of them, and what follows is no part of the text.
+            for place, token_id in enumerate(token_ids):
+                text += self._stop.push(self._decoder.push(token_id))
+                if self._stop.found:
+                    token_ids = token_ids[: place + 1]
+                    break
+        else:
+            text = self._decoder.extend(token_ids)
+        self.token_ids += token_ids
+        if logprobs is not None:
+            self.logprobs += logprobs[: len(token_ids)]
+        self.text += text
         if self._stop.found:
             self.finish_reason, self.finished_at = "stop", time.perf_counter()
-        elif len(self.token_ids) == self._max_new_tokens:
+        elif ended_by is not None:
+            self.ended_by = ended_by
+            text += self.finish("eos" if ended_by == self._eos_id else "stop")
+        elif not self.left:
             text += self.finish("length")
         return text
 
@@ -103,9 +128,6 @@ class Row:
         text += self._stop.flush()
         self.finish_reason = "stop" if self._stop.found else reason
         self.finished_at = time.perf_counter()
-        return self._give(text)
-
-    def _give(self, text: str) -> str:
         self.text += text
         return text
 
@@ -115,6 +137,8 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.found = False
+        self.looks = bool(stops)
+        """Whether there is any."""
         self._stops = list(stops)
         self._held = ""
 

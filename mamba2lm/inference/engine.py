@@ -18,20 +18,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mamba2lm.data.tokenizer import Tokenizer
-from mamba2lm.inference.batch import Batch, DrawnToken, Flight, Slot
+from mamba2lm.inference.batch import Batch, DrawnTokens, Flight, Slot
 from mamba2lm.inference.decoding import Completion, Row, TokenLogprob
-from mamba2lm.inference.request import Event, Job, Request
+from mamba2lm.inference.prefill import Prefill
+from mamba2lm.inference.request import EngineStats, Event, Job, Request
 from mamba2lm.inference.sampling import MAX_LOGPROBS, SamplingConfig
 from mamba2lm.inference.session import Session
 from mamba2lm.inference.state_cache import StateCache
+from mamba2lm.inference.structured import Constraints
 from mamba2lm.models import LanguageModel, ModelState
 from mamba2lm.schema import ConfigError, closest
 
@@ -39,25 +40,8 @@ log = logging.getLogger(__name__)
 
 STATE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 DELIVERY_SECONDS = 0.01
-# Prompts being read from which on unequal ones are read together, where that pays.
-_CROWD = 4
-# Logits of this many prompt positions are held at once where their probabilities are asked for.
-_SCORED_CHUNK = 256
 # Rows from which on a GPU takes its next steps while the host looks at the last ones' tokens.
 _OVERLAPPED = 8
-
-
-@dataclass
-class EngineStats:
-    """What an engine has done since it was made."""
-
-    prompt_tokens: int = 0
-    """Read, those found in the cache not counted."""
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    steps: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
-    """Continuations by how they ended; ``error`` among them."""
 
 
 class Engine:
@@ -108,25 +92,25 @@ class Engine:
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.prefill_chunk = prefill_chunk
         self.max_rows = max_rows
         self.cache = StateCache(state_cache_bytes)
         self.stats = EngineStats()
         on_gpu = self.device.type == "cuda"
         self.sync_every = sync_every if sync_every is not None else 8 if on_gpu else 1
-        # Reading equal lengths together fills a GPU. A CPU gains nothing, and keeps its promise
-        # that not a bit of a row depends on another.
-        self._together = on_gpu
         self._overlap = on_gpu
+        self.constraints = Constraints(tokenizer, model.vocab_size)
         self.batch = Batch(
-            model, max_rows, recurrent_dtype=STATE_DTYPES[state_dtype], graphs=cuda_graphs
+            model,
+            max_rows,
+            recurrent_dtype=STATE_DTYPES[state_dtype],
+            graphs=cuda_graphs,
+            masks=self.constraints.masks,
         )
         self._step_seconds = 0.0
         self._heard_at = 0.0
         self._flights: deque[Flight] = deque()
-        self._passes = 0
         self._waiting: deque[Job] = deque()
-        self._reading: deque[Job] = deque()
+        self._prefill = Prefill(model, self.cache, self.stats, chunk=prefill_chunk, fail=self._fail)
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +120,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self._waiting or self._reading or self.batch.slots or self._flights)
+        return not (self._waiting or self._prefill.jobs or self.batch.slots or self._flights)
 
     @property
     def waiting(self) -> int:
@@ -146,7 +130,7 @@ class Engine:
     @property
     def reading(self) -> int:
         """Requests whose prompts are being read."""
-        return len(self._reading)
+        return len(self._prefill.jobs)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return a prompt's ids as the model reads the beginning of a document."""
@@ -251,6 +235,7 @@ class Engine:
             )
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_LOGPROBS:
             raise ConfigError("logprobs", request.logprobs, f"must be from 0 to {MAX_LOGPROBS}.")
+        constraints = [self.constraints.begin(request.sampling) for _ in request.seeds]
         rows = [
             Row(
                 self.tokenizer,
@@ -261,7 +246,7 @@ class Engine:
             )
             for _ in request.seeds
         ]
-        job = Job(request, rows, listener)
+        job = Job(request, rows, listener, constraints)
         self._waiting.append(job)
         return job
 
@@ -276,7 +261,7 @@ class Engine:
         A request that fails ends with ``Job.error``; the others go on.
         """
         self._admit()
-        self._read()
+        self._start(self._prefill.advance())
         self._decode()
 
     def cancel(self, job: Job) -> None:
@@ -286,7 +271,7 @@ class Engine:
         """
         if job.done:
             return
-        for queue in (self._waiting, self._reading):
+        for queue in (self._waiting, self._prefill.jobs):
             if job in queue:
                 queue.remove(job)
         running = {
@@ -301,156 +286,12 @@ class Engine:
         self.batch.leave(running.values())
 
     def _admit(self) -> None:
-        promised = len(self.batch) + sum(len(job.rows) for job in self._reading)
+        promised = len(self.batch) + sum(len(job.rows) for job in self._prefill.jobs)
         while self._waiting and promised + len(self._waiting[0].rows) <= self.max_rows:
             job = self._waiting.popleft()
             promised += len(job.rows)
             job.began_at = time.perf_counter()
-            request, cuts = job.request, {len(job.request.prompt_ids)}
-            if request.state is None and not request.prompt_logprobs and self.cache.budget:
-                found = self.cache.find(request.prompt_ids)
-                job.read, job.logits_v = found.state, found.logits_v
-                job.position = job.cached_tokens = found.length
-                self.stats.cached_tokens += found.length
-                shared = self.cache.shared(request.prompt_ids)
-                if shared > found.length:
-                    cuts.add(shared)
-            job.cuts = sorted(cuts)
-            self._reading.append(job)
-
-    def _read(self) -> None:
-        """Read at most ``prefill_chunk`` prompt tokens; start what has been read to its end."""
-        budget = self.prefill_chunk
-        # A prompt that was found whole costs nothing.
-        ready = [job for job in self._reading if job.logits_v is not None]
-        self._reading = deque(job for job in self._reading if job.logits_v is None)
-        while self._reading:
-            group, length = self._next_group(budget)
-            if length > budget:
-                break
-            budget -= length * len(group)
-            for job in group:
-                self._reading.remove(job)
-            for job in self._read_chunk(group, length):
-                if job.position == len(job.request.prompt_ids):
-                    ready.append(job)
-                else:
-                    self._reading.append(job)
-        self._start(ready)
-
-    def _next_group(self, budget: int) -> tuple[list[Job], int]:
-        """Return which jobs read how many tokens next, within the budget if that is possible.
-
-        Jobs take turns. Where reading together pays, whole new prompts are read in one pass, behind
-        a stretch that is no part of them where they are unequal; then jobs with the same number of
-        tokens to read; in a crowd all numbers are powers of two and the smallest go first, so that
-        any number of unequal prompts takes a few passes. Every fourth pass is the next one's in
-        turn.
-        """
-        whole, longest = self._whole_prompts(budget)
-        if len(whole) > 1:
-            return whole, longest
-        crowd = self._together and len(self._reading) >= _CROWD
-        head = self._reading[0]
-        self._passes += 1
-        if crowd and self._passes % 4:
-            head = min(self._reading, key=lambda job: self._chunk(job, crowd))
-        length = self._chunk(head, crowd)
-        if not self._together:
-            return [head], length
-        group = [job for job in self._reading if self._chunk(job, crowd) == length]
-        return group[: max(budget // length, 1)], length
-
-    def _whole_prompts(self, budget: int) -> tuple[list[Job], int]:
-        """Return new prompts that one pass of rows as long as the longest may read to their ends.
-
-        At most half of such a pass is lost. An attention cache would keep what is lost.
-        """
-        group: list[Job] = []
-        longest = total = 0
-        if not self._together or self.batch.grows:
-            return group, longest
-        for job in self._reading:
-            length = len(job.request.prompt_ids)
-            new = job.position == 0 and job.read is None and job.cuts == [length]
-            if not new or job.request.prompt_logprobs:
-                continue
-            longer = max(longest, length)
-            padded = (len(group) + 1) * longer
-            if padded <= min(budget, 2 * (total + length)):
-                group.append(job)
-                longest, total = longer, total + length
-        return group, longest
-
-    def _chunk(self, job: Job, crowd: bool) -> int:
-        """Return how many tokens a job reads next; without a crowd its prompt alone decides."""
-        most = self.prefill_chunk
-        if job.request.prompt_logprobs:
-            most = min(most, _SCORED_CHUNK)
-        left = next(cut for cut in job.cuts if cut > job.position) - job.position
-        if crowd:
-            return min(left & -left, 1 << (most.bit_length() - 1))
-        return min(most, left)
-
-    def _read_chunk(self, group: list[Job], length: int) -> list[Job]:
-        """Read the next chunk of each job, together; return those it worked for."""
-        try:
-            self._forward(group, length)
-        except Exception as error:
-            if len(group) == 1:
-                self._fail(group[0], error)
-                return []
-            # One of them may be at fault; the others must not suffer.
-            return [job for alone in group for job in self._read_chunk([alone], length)]
-        for job in group:
-            read = min(length, len(job.request.prompt_ids) - job.position)
-            job.position += read
-            self.stats.prompt_tokens += read
-            if job.request.state is None and job.position in job.cuts and self.cache.budget:
-                assert job.read is not None
-                ids = job.request.prompt_ids[: job.position]
-                whole = job.position == len(job.request.prompt_ids)
-                self.cache.put(ids, job.read, job.logits_v if whole else None)
-        return group
-
-    @torch.inference_mode()
-    def _forward(self, group: list[Job], length: int) -> None:
-        chunks = [job.request.prompt_ids[job.position : job.position + length] for job in group]
-        # What is shorter ends with the others, behind a document that is forgotten where it begins.
-        missing = [length - len(chunk) for chunk in chunks]
-        rows = [[0] * n + list(chunk) for n, chunk in zip(missing, chunks, strict=True)]
-        ids_bl = torch.tensor(rows, device=self.device)
-        seq_idx_bl = None
-        if any(missing):
-            begins = torch.tensor(missing, device=self.device)
-            seq_idx_bl = (torch.arange(length, device=self.device) >= begins[:, None]).long()
-        states = [job.read or self.model.new_state(1) for job in group]
-        state = states[0] if len(group) == 1 else ModelState.concat(states)
-        scored = any(job.request.prompt_logprobs for job in group)
-        output = self.model(ids_bl, seq_idx=seq_idx_bl, state=state, last_only=not scored)
-        assert output.logits is not None
-        assert output.state is not None
-        for i, job in enumerate(group):
-            last = job.position + len(chunks[i]) == len(job.request.prompt_ids)
-            if job.request.prompt_logprobs:
-                self._score(job, output.logits[i], last)
-            job.read = output.state if len(group) == 1 else output.state.rows([i])
-            # A copy: a view would hold on to the logits of the whole chunk.
-            job.logits_v = output.logits[i, -1].clone() if last else None
-
-    def _score(self, job: Job, logits_lv: Tensor, last: bool) -> None:
-        """Note the log-probabilities that a chunk's logits give the tokens after it."""
-        start = job.position + 1
-        following = job.request.prompt_ids[start : start + logits_lv.shape[0]]
-        logprob_lv = logits_lv[: len(following)].log_softmax(dim=-1)
-        count = job.request.logprobs or 0
-        index_l1 = torch.tensor(list(following), device=self.device)[:, None]
-        chosen = logprob_lv.gather(1, index_l1)[:, 0].tolist() if following else []
-        top = logprob_lv.topk(min(count, logprob_lv.shape[1]), dim=-1)
-        tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        for token, logprob, (ids, values) in zip(following, chosen, tops, strict=True):
-            pairs = list(zip(ids, values, strict=True))
-            job.prompt_logprobs.append(TokenLogprob(token, logprob, pairs))
+            self._prefill.add(job)
 
     def _start(self, jobs: list[Job]) -> None:
         """Draw the first tokens of prompts that have been read, all in one."""
@@ -482,6 +323,7 @@ class Engine:
                         seed=seed,
                         seen=seen,
                         logprobs=request.logprobs,
+                        constraint=job.constraints[index],
                     )
                 )
                 states.append(job.read)
@@ -540,6 +382,7 @@ class Engine:
             self._overlap
             and len(slots) >= _OVERLAPPED
             and not any(slot.owner[0].request.keep_state for slot in slots)
+            and not self.batch.constrained
         )
 
     def _stride(self) -> int:
@@ -552,6 +395,8 @@ class Engine:
             streamed = streamed or job.request.stream
             left = max(left, slot.left)
         count = min(self.sync_every, left)
+        if self.batch.constrained:
+            return 1
         if streamed:
             count = min(count, max(int(DELIVERY_SECONDS / max(self._step_seconds, 1e-6)), 1))
         return count
@@ -561,54 +406,61 @@ class Engine:
         while len(self._flights) > keep:
             flight = self._flights.popleft()
             try:
-                steps = flight.tokens()
+                drawn = flight.tokens()
             except Exception as error:
                 self._fail_batch(error, flight)
                 return
             now = time.perf_counter()
             self._step_seconds = (now - max(flight.began_at, self._heard_at)) / flight.steps
             self._heard_at = now
-            self._push(flight, steps)
+            self._push(flight, drawn)
 
-    def _push(self, flight: Flight, steps: list[list[DrawnToken]]) -> None:
+    def _push(self, flight: Flight, drawn: list[DrawnTokens]) -> None:
         """Hand tokens to the rows they belong to; rows that end leave the batch."""
         places = {slot: i for i, slot in enumerate(self.batch.slots)}
         leaving: list[int] = []
-        failed: set[Job] = set()
-        for column, slot in enumerate(flight.slots):
+        failed: dict[Job, Exception] = {}
+        for slot, tokens in zip(flight.slots, drawn, strict=True):
             job, index = slot.owner
             row: Row = job.rows[index]
             if job in failed or job.error is not None or row.finish_reason is not None:
                 continue  # drawn for nothing
             if not row.token_ids:
                 job.first_at = max(job.first_at, self._heard_at)
-            text, logprobs, count = "", [], len(row.token_ids)
-            for place, step in enumerate(steps, start=1):
-                token = step[column]
-                if token.token_id < 0:
-                    failed.add(job)
-                    break
-                text += row.push(token.token_id, token.logprob)
-                if row.finish_reason is not None:
-                    # A state that has read beyond the end is of no use.
-                    if place == len(steps) and not self._flights and slot in places:
-                        self._keep_state(job, index, places[slot])
-                    break
-            if job in failed:
+            count = len(row.token_ids)
+            finite = tokens.token_ids
+            if -1 in finite:
+                finite = finite[: finite.index(-1)]
+            try:
+                if slot.constraint is not None:
+                    slot.constraint.check()
+                text = row.extend(finite, tokens.logprobs) if finite else ""
+                if slot.constraint is not None and finite and row.finish_reason is None:
+                    (token_id,) = finite
+                    if slot.constraint.take(token_id):
+                        text += row.finish("stop")
+            except ConfigError as error:
+                failed[job] = error
+                continue
+            if row.finish_reason is None and len(finite) < flight.steps:
+                failed[job] = RuntimeError("the model's output is not finite")
                 continue
             count = len(row.token_ids) - count
             self.stats.new_tokens += count
-            if count and job.request.logprobs is not None:
-                logprobs = row.logprobs[-count:]
+            logprobs = row.logprobs[-count:] if count and job.request.logprobs is not None else []
             if row.finish_reason is not None and slot in places:
+                # A state that has read beyond the end is of no use.
+                taken = count + (row.ended_by is not None)
+                if taken == flight.steps and not self._flights:
+                    self._keep_state(job, index, places[slot])
                 leaving.append(places[slot])
             self._tell(job, index, text, count, logprobs)
         self.batch.leave(leaving)
         self._leave(failed)
-        for job in failed:
-            self._fail(job, RuntimeError("the model's output is not finite"))
+        for job, error in failed.items():
+            self._fail(job, error)
 
-    def _leave(self, jobs: set[Job]) -> None:
+    def _leave(self, jobs: Collection[Job]) -> None:
         """Take all rows of these jobs out of the batch."""
         self.batch.leave([i for i, slot in enumerate(self.batch.slots) if slot.owner[0] in jobs])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,21 @@ from torch import Tensor
 
 from mamba2lm.inference.decoding import Completion, FinishReason, Row, TokenLogprob
 from mamba2lm.inference.sampling import SamplingConfig
+from mamba2lm.inference.structured import Constraint
 from mamba2lm.models import ModelState
+
+
+@dataclass
+class EngineStats:
+    """What an engine has done since it was made."""
+
+    prompt_tokens: int = 0
+    """Read, those found in the cache not counted."""
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    """Continuations by how they ended; ``error`` among them."""
 
 
 @dataclass
@@ -62,10 +77,16 @@ class Job:
     """A request on its way through the engine."""
 
     def __init__(
-        self, request: Request, rows: list[Row], listener: Callable[[Event], None] | None
+        self,
+        request: Request,
+        rows: list[Row],
+        listener: Callable[[Event], None] | None,
+        constraints: Sequence[Constraint | None],
     ) -> None:
         self.request = request
         self.rows = rows
+        self.constraints = constraints
+        """What each row must follow."""
         self.listener = listener
         self.error: Exception | None = None
         """Why it ended without its texts."""

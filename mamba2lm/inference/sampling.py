@@ -11,7 +11,7 @@ advanced, so a row can be drawn anywhere, in any batch, inside a CUDA graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from mamba2lm.ops.draw.launch import draw_at_random, draw_greedily, unsupported
 from mamba2lm.schema import ConfigError
+
+CONSTRAINTS = ("json_schema", "regex", "grammar")
+"""Fields of ``SamplingConfig`` that say what a text must follow."""
 
 MAX_LOGPROBS = 20
 """Most alternatives that are reported beside a token."""
@@ -63,6 +66,13 @@ class SamplingConfig:
     """The text ends before the first of these strings."""
     stop_token_ids: list[int] = field(default_factory=list)
     """The text ends before any of these tokens, as it does before the end-of-text token."""
+    json_schema: str | None = None
+    """The text is JSON that follows this schema (written as JSON). Of this and the next two at most
+    one; they need the extra ``structured``."""
+    regex: str | None = None
+    """The whole text matches this regular expression (in Rust's syntax)."""
+    grammar: str | None = None
+    """The text follows this grammar (Lark's syntax, as llguidance reads it)."""
 
     def validate(self, key: str = "sampling") -> None:
         """Check every field.
@@ -103,6 +113,19 @@ class SamplingConfig:
             "stop_token_ids",
             "holds a negative id.",
         )
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(
+                f"{key}.{given[1]}", getattr(self, given[1]), f"{given[0]} is given too; give one."
+            )
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """What the text must follow: the field's name and its value."""
+        for name in CONSTRAINTS:
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return None
 
     @property
     def penalises(self) -> bool:
@@ -120,6 +143,8 @@ class Features(NamedTuple):
     greedy: bool
     """No row draws at random."""
     penalties: bool
+    masked: bool
+    """Some row may only draw some tokens."""
     width: int
     """How many of the largest logits are sorted, for top-k and top-p; 0 for none."""
     min_p: bool
@@ -144,6 +169,7 @@ class Features(NamedTuple):
         return cls(
             greedy=not drawn,
             penalties=any(config.penalises for config in configs),
+            masked=any(config.constraint is not None for config in configs),
             width=min(width, vocab_size),
             min_p=any(config.min_p > 0 for config in drawn),
             typical=any(config.typical_p < 1 for config in drawn),
@@ -160,6 +186,7 @@ class SamplingRows:
         integers_bk: Tensor,
         counts_bv: Tensor | None = None,
         seen_bv: Tensor | None = None,
+        mask_bw: Tensor | None = None,
     ) -> None:
         self.numbers_bk = numbers_bk
         self.integers_bk = integers_bk
@@ -167,6 +194,8 @@ class SamplingRows:
         """How often each token was drawn; kept from when a row first needs it."""
         self.seen_bv = seen_bv
         """What the repetition penalty applies to beside that: the prompt's tokens."""
+        self.mask_bw = mask_bw
+        """Tokens that may be drawn, a bit each; kept from when a row first needs it."""
 
     @classmethod
     def new(cls, rows: int, device: torch.device | str = "cpu") -> Self:
@@ -179,25 +208,37 @@ class SamplingRows:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors, first axis the row."""
-        kept = (self.numbers_bk, self.integers_bk, self.counts_bv, self.seen_bv)
-        return [tensor for tensor in kept if tensor is not None]
+        return [tensor for tensor in self._all if tensor is not None]
+
+    @property
+    def _all(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.numbers_bk, self.integers_bk, self.counts_bv, self.seen_bv, self.mask_bw
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SamplingRows:
+        numbers_bk, integers_bk, *kept = self._all
+        return SamplingRows(
+            change(numbers_bk),
+            change(integers_bk),
+            *(None if tensor is None else change(tensor) for tensor in kept),
+        )
 
     def rows(self, start: int, stop: int) -> SamplingRows:
         """Return views of the rows from ``start`` up to ``stop``."""
-        return SamplingRows(*(tensor[start:stop] for tensor in self.tensors))
+        return self._each(lambda tensor: tensor[start:stop])
 
     def clone(self) -> SamplingRows:
         """Return a copy that later draws do not change."""
-        return SamplingRows(*(tensor.clone() for tensor in self.tensors))
+        return self._each(Tensor.clone)
 
     def grown(self, rows: int) -> SamplingRows:
         """Return the same rows with more after them."""
-        tensors = []
-        for tensor in self.tensors:
-            more = tensor.new_zeros(rows, *tensor.shape[1:])
-            more[: tensor.shape[0]] = tensor
-            tensors.append(more)
-        return SamplingRows(*tensors)
+
+        def more(tensor: Tensor) -> Tensor:
+            grown = tensor.new_zeros(rows, *tensor.shape[1:])
+            grown[: tensor.shape[0]] = tensor
+            return grown
+
+        return self._each(more)
 
     def track(self, vocab_size: int) -> None:
         """Keep counts of drawn and seen tokens from here on."""
@@ -205,6 +246,26 @@ class SamplingRows:
             rows, device = self.numbers_bk.shape[0], self.numbers_bk.device
             self.counts_bv = torch.zeros(rows, vocab_size, dtype=torch.int32, device=device)
             self.seen_bv = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+
+    def track_masks(self, vocab_size: int) -> None:
+        """Keep which tokens each row may draw from here on: all, until told otherwise."""
+        if self.mask_bw is None:
+            rows, device = self.numbers_bk.shape[0], self.numbers_bk.device
+            self.mask_bw = torch.full(
+                (rows, mask_words(vocab_size)), -1, dtype=torch.int32, device=device
+            )
+
+    def allow(self, indices: Sequence[int], mask_bw: Tensor) -> None:
+        """Let rows draw only some tokens.
+
+        Args:
+            indices: Which rows.
+            mask_bw: A bit for each token, (rows, words), int32.
+        """
+        assert self.mask_bw is not None
+        device = self.mask_bw.device
+        index = torch.tensor(indices, device=device)
+        self.mask_bw.index_copy_(0, index, mask_bw.to(device))
 
     def put(self, row: int, config: SamplingConfig, seed: int, seen: Collection[int]) -> None:
         """Give a row its settings; it has drawn nothing yet.
@@ -228,6 +289,8 @@ class SamplingRows:
         integers[_TOP_K] = min(config.top_k, 1 << 62)
         self.numbers_bk[row] = torch.tensor(numbers)
         self.integers_bk[row] = torch.tensor(integers)
+        if self.mask_bw is not None:
+            self.mask_bw[row].fill_(-1)
         if self.counts_bv is not None and self.seen_bv is not None:
             self.counts_bv[row].zero_()
             self.seen_bv[row].zero_()
@@ -261,6 +324,8 @@ def draw(logits_bv: Tensor, rows: SamplingRows, features: Features) -> Drawn:
         features: What to compute; at least what the rows need.
     """
     scores_bv = penalised(logits_bv, rows) if features.penalties else logits_bv
+    if features.masked:
+        scores_bv = allowed(scores_bv, rows)
     if features.typical or not logits_bv.is_cuda or unsupported(logits_bv) is not None:
         token_b = _draw(scores_bv, rows, features)
         rows.integers_bk[:, _DRAWN] += 1
@@ -327,6 +392,19 @@ def penalised(logits_bv: Tensor, rows: SamplingRows) -> Tensor:
     scores_bv = torch.where(rows.seen_bv | (count_bv > 0), repeated_bv, logits_bv)
     scores_bv = scores_bv - column[_PRESENCE][:, None] * (count_bv > 0)
     return scores_bv - column[_FREQUENCY][:, None] * count_bv
+
+
+def mask_words(vocab_size: int) -> int:
+    """Return how many words of 32 bits hold one for each token."""
+    return -(-vocab_size // 32)
+
+
+def allowed(scores_bv: Tensor, rows: SamplingRows) -> Tensor:
+    """Return the scores, −∞ for tokens that a row may not draw."""
+    assert rows.mask_bw is not None
+    bit = torch.arange(32, dtype=torch.int32, device=scores_bv.device)
+    bit_bv = ((rows.mask_bw[:, :, None] >> bit) & 1).flatten(1)[:, : scores_bv.shape[1]]
+    return scores_bv.where(bit_bv == 1, -math.inf)
 
 
 def probabilities(scores_bv: Tensor, rows: SamplingRows, features: Features) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -323,21 +324,35 @@ class Mamba2(Mixer):
         sizes = [self.d_inner, self.d_inner, self.d_groups, self.d_groups, self.n_heads]
         # Behind it may be padding, under tensor parallelism.
         z_bi, x_bi, B_bn, C_bn, dt_bh = zxBCdt[..., : sum(sizes)].split(sizes, dim=-1)
-        y_bhp, _ = ops.ssd_state_update(
+        inputs = (
             state["ssm"],
             x_bi.unflatten(1, (self.n_heads, config.headdim)),
             dt_bh,
             self.A_log,
             B_bn.unflatten(1, (self.n_groups, config.d_state)),
             C_bn.unflatten(1, (self.n_groups, config.d_state)),
-            D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            dt_limit=self.dt_limit,
-            A_is_log=True,
-            in_place=True,
-            early=True,  # a projection comes before
         )
+        options: dict[str, Any] = {
+            "D": self.D,
+            "dt_bias": self.dt_bias,
+            "dt_softplus": True,
+            "dt_limit": self.dt_limit,
+            "A_is_log": True,
+            "early": True,  # a projection comes before
+        }
+        if not self.norm.shared and ops.takes_scale(x_bi, self.out_proj.weight):
+            z_bhp = z_bi.unflatten(1, (self.n_heads, config.headdim))
+            y_bhp, squares_bs = ops.ssd_state_update_normed(
+                *inputs, z=z_bhp, norm=self.norm.weight, **options
+            )
+            return ops.linear_step(
+                y_bhp.flatten(1),
+                self.out_proj.weight,
+                self.out_proj.bias,
+                scale=ops.Scale(squares_bs, self.norm.eps, self.norm.group_size),
+                residual=residual_bd,
+            )
+        y_bhp, _ = ops.ssd_state_update(*inputs, in_place=True, **options)
         y_bi = y_bhp.flatten(1)
         gate_norm = None
         if self.norm.shared:

@@ -8,18 +8,24 @@ from mamba2lm.ops.causal_conv1d.op import causal_conv1d, causal_conv1d_update
 from mamba2lm.ops.gated_rms_norm.divided import gated_rms_norm_divided
 from mamba2lm.ops.gated_rms_norm.op import gated_rms_norm, rms_norm, rms_norm_residual
 from mamba2lm.ops.linear_cross_entropy.op import linear_cross_entropy
-from mamba2lm.ops.linear_step.op import linear_step
-from mamba2lm.ops.linear_step.reference import Convolution, Norm
+from mamba2lm.ops.linear_step.op import linear_step, takes_scale
+from mamba2lm.ops.linear_step.reference import Convolution, Norm, Scale
 from mamba2lm.ops.rotary.op import rotary_heads
 from mamba2lm.ops.selective_scan.op import selective_scan
 from mamba2lm.ops.ssd.carry import add_carried_outputs
 from mamba2lm.ops.ssd.op import ssd
-from mamba2lm.ops.state_update.op import selective_state_update, ssd_state_update
+from mamba2lm.ops.state_update.op import (
+    projects_dt,
+    selective_state_update,
+    ssd_state_update,
+    ssd_state_update_normed,
+)
 from mamba2lm.ops.swiglu.op import swiglu
 
 __all__ = [
     "Convolution",
     "Norm",
+    "Scale",
     "add_carried_outputs",
     "causal_conv1d",
     "causal_conv1d_update",
@@ -27,6 +33,7 @@ __all__ = [
     "gated_rms_norm_divided",
     "linear_cross_entropy",
     "linear_step",
+    "projects_dt",
     "rms_norm",
     "rms_norm_residual",
     "rotary_heads",
@@ -34,5 +41,7 @@ __all__ = [
     "selective_state_update",
     "ssd",
     "ssd_state_update",
+    "ssd_state_update_normed",
     "swiglu",
+    "takes_scale",
 ]

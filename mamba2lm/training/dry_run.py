@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mamba2lm.data.loader import Corpus, training_batches
+from mamba2lm.data.batches import training_batches
+from mamba2lm.data.loader import Corpus
 from mamba2lm.distributed import Degrees, ParallelConfig, World
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.training.config import TrainingConfig

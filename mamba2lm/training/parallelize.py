@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -108,6 +109,8 @@ class ParallelModel:
             reduce_dtype=None if dtype == torch.float32 else torch.float32,
             cast_forward_inputs=False,  # the residual stream is float32
         )
+        # It warns of changing a block's output in place, which nothing here does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for module in (*model.blocks, model):
             fully_shard(
                 module,

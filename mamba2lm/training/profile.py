@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
 _COLLECTIVES = ("nccl", "gloo:")  # what is in the names of their events
 
@@ -45,13 +46,13 @@ def profile_step(device: torch.device) -> Iterator[StepProfile]:
         yield found
         _wait(device)
         whole = time.perf_counter_ns() - begin
-    assert profile.profiler is not None
     # Not profile.events(), which takes a minute for the kernels of a large model.
-    recorded = profile.profiler.kineto_results.events()
-    on = getattr(torch.autograd.DeviceType, kind.upper())
+    results = None if profile.profiler is None else profile.profiler.kineto_results
+    assert results is not None
+    on = getattr(DeviceType, kind.upper())
     events = [
         (event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
-        for event in recorded
+        for event in results.events()
         if event.device_type() == on
     ]
     collectives = [(a, b) for name, a, b in events if _communicates(name)]

@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from mamba2lm.data.loader import Corpus, training_batches
+from mamba2lm.data.batches import training_batches
+from mamba2lm.data.loader import Corpus
 from mamba2lm.distributed import Mesh, ParallelConfig, World
 from mamba2lm.distributed.watchdog import Watchdog, store_of_run
 from mamba2lm.models import LanguageModel

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from mamba2lm.data.loader import ValidationSamples, validation_batches
+from mamba2lm.data.batches import ValidationSamples, validation_batches
 from mamba2lm.distributed import Mesh, World
 from mamba2lm.models import LanguageModel
 from mamba2lm.training.objective import Objective

@@ -66,14 +66,15 @@ def test_weights_are_gathered_once_a_step_if_asked(results_of: Callable[[int], R
 
 
 def test_the_fused_node_on_two_processes_is_the_mixer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
+    slow = ["--slow"] if request.config.getoption("--slow") else []
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     # Triton learns that it interprets when it is imported.
-    run_by_torchrun(2, "-m", "tests.distributed.fused", str(tmp_path / "results.json"))
+    run_by_torchrun(2, "-m", "tests.distributed.fused", str(tmp_path / "results.json"), *slow)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 5
+    assert len(results) == (5 if slow else 3)
     for case, errors in results.items():
         assert {"y", "dx", "in_proj.weight", "A_log", "norm.weight"} <= set(errors)
         for what, error in errors.items():

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from mamba2lm.distributed.watchdog import EXIT_UNANSWERED
 from mamba2lm.models.checkpoint import checkpoints_of, newest_valid
 from tests.distributed.launch import torchrun
-from tests.training.helpers import ROOT, run_here, text_file, tiny_run
+from tests.processes import ROOT, Program
+from tests.training.helpers import run_here, text_file, tiny_run
 
 CHANGES = (
     "training.max_steps=100000", "training.eval_every=0", "training.save_every=2",
@@ -29,14 +31,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Launched:
-    """A training command on two processes, and what it writes."""
+    """A training command on two processes that torchrun starts, and what it writes."""
 
-    def __init__(self, text: Path, run: Path, *changes: str) -> None:
-        self.run, self.log = run, run.with_suffix(".log")
-        command = torchrun(2, "train.py", *tiny_run(text, run, *CHANGES, *changes))
+    def __init__(self, text: Path, run: Path) -> None:
+        self.log = run.with_suffix(".log")
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command,
+                torchrun(2, *command(text, run)),
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 stdout=log,
@@ -44,19 +45,12 @@ class Launched:
                 start_new_session=True,
             )
 
-    def step(self) -> int:
-        """Return the last step that this launch told of."""
-        told = re.findall(r"step (\d+)/100000", self.log.read_text())
-        return int(told[-1]) if told else 0
+    def written(self) -> bytes:
+        """Return what the processes wrote until now."""
+        return self.log.read_bytes()
 
-    def wait_until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait for something, or fail with the log."""
-        deadline = time.monotonic() + seconds
-        while not happened():
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.02)
-
-    def workers(self) -> list[int]:
+    @property
+    def pids(self) -> list[int]:
         """Return the processes' ids, by rank."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         found = {}
@@ -74,21 +68,42 @@ class Launched:
         self.process.wait()
 
 
-def kill_and_look(text: Path, run: Path, seconds: float, rank: int) -> None:
+def command(text: Path, run: Path, *changes: str) -> list[str]:
+    return ["train.py", *tiny_run(text, run, *CHANGES, *changes)]
+
+
+def step_of(program: Launched | Program) -> int:
+    """Return the last step that a run told of."""
+    told = re.findall(rb"step (\d+)/100000", program.written())
+    return int(told[-1]) if told else 0
+
+
+def wait_until(
+    happened: Callable[[], bool], program: Launched | Program, seconds: float = 240
+) -> None:
+    """Wait for something, or fail with what was written."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, program.written().decode()
+        time.sleep(0.02)
+
+
+def kill_and_look(text: Path, run: Path, seconds: float, rank: int, *, warm: bool) -> None:
     """Kill one process some time into a run; look at what is left."""
     before = checkpoints_of(run)[-1:] if run.exists() else []
     begin = int(before[0].name[-8:]) if before else 0
-    launched = Launched(text, run)
+    launched = Program(*command(text, run), processes=2) if warm else Launched(text, run)
     try:
-        launched.wait_until(lambda: launched.step() > begin + 4)
+        wait_until(lambda: step_of(launched) > begin + 4, launched)
         time.sleep(seconds)
-        os.kill(launched.workers()[rank], signal.SIGKILL)
-        launched.process.wait(timeout=60)
-        reached = launched.step()
+        os.kill(launched.pids[rank], signal.SIGKILL)
+        if isinstance(launched, Launched):
+            assert launched.process.wait(timeout=120) != 0  # torchrun ends the other
+        reached = step_of(launched)
     finally:
         launched.end()
     found = newest_valid(run)
-    assert found is not None, launched.log.read_text()
+    assert found is not None, launched.written().decode()
     # Saved every second step, while the next two are taken.
     assert int(found.name[-8:]) >= reached - 4
     assert int(found.name[-8:]) > begin
@@ -96,7 +111,7 @@ def kill_and_look(text: Path, run: Path, seconds: float, rank: int) -> None:
 
 def test_a_killed_process_costs_the_steps_since_the_last_save(text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    kill_and_look(text, run, 0.05, rank=1)
+    kill_and_look(text, run, 0.05, rank=1, warm=False)
     # It goes on, and all hear of a signal to one, whichever.
     for asked, code, rank in ((signal.SIGUSR1, 76, 1), (signal.SIGTERM, 75, 0)):
         signal_and_look(text, run, asked, code, rank)
@@ -104,45 +119,45 @@ def test_a_killed_process_costs_the_steps_since_the_last_save(text: Path, tmp_pa
 
 def signal_and_look(text: Path, run: Path, asked: signal.Signals, code: int, rank: int) -> None:
     """Send a signal to one process of a run that goes on; look at how it ends and what is saved."""
-    launched = Launched(text, run)
+    begin = int(checkpoints_of(run)[-1].name[-8:])
+    program = Program(*command(text, run), processes=2)
     try:
-        begin = int(checkpoints_of(run)[-1].name[-8:])
-        launched.wait_until(lambda: launched.step() > begin)
-        assert asked.name not in launched.log.read_text()
-        os.kill(launched.workers()[rank], asked)
-        launched.process.wait(timeout=60)
+        wait_until(lambda: step_of(program) > begin, program)
+        assert asked.name.encode() not in program.written()
+        os.kill(program.pids[rank], asked)
+        log = program.wait(timeout=120).stderr.decode()
     finally:
-        launched.end()
-    log = launched.log.read_text()
-    assert f"stopped by {asked.name}" in log
-    assert log.count(f"exitcode  : {code}") + log.count(f"(exitcode: {code})") >= 1, log
+        program.end()
+    assert program.codes == [code, code], log
+    told = re.findall(rf"stopped by {asked.name} at step (\d+)", log)
+    assert len(told) == 1, log
     newest = newest_valid(run)
     assert newest is not None
-    assert int(newest.name[-8:]) == launched.step()
+    assert int(newest.name[-8:]) == int(told[0]) > begin
 
 
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments(text: Path, tmp_path: Path) -> None:
     moments = random.Random(0)
     for _ in range(20):
-        kill_and_look(text, tmp_path / "run", moments.uniform(0.0, 0.4), moments.randrange(2))
+        seconds, rank = moments.uniform(0.0, 0.4), moments.randrange(2)
+        kill_and_look(text, tmp_path / "run", seconds, rank, warm=True)
 
 
 def test_a_stopped_process_is_named_and_a_second_run_refused(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    launched = Launched(text, run, "parallel.timeout=8")
+    program = Program(*command(text, run, "parallel.timeout=8"), processes=2)
     try:
-        launched.wait_until(lambda: launched.step() > 2)
+        wait_until(lambda: step_of(program) > 2, program)
         assert run_here(tiny_run(text, run, *CHANGES[:-1])) == 2
         assert "is training in it" in capsys.readouterr().err
-        stopped = launched.workers()[1]
-        os.kill(stopped, signal.SIGSTOP)
-        launched.wait_until(lambda: "no progress for" in launched.log.read_text(), seconds=60)
-        os.kill(stopped, signal.SIGKILL)  # the launcher would, in half a minute
-        launched.process.wait(timeout=60)
+        os.kill(program.pids[1], signal.SIGSTOP)
+        wait_until(lambda: program.codes[0] is not None, program)
+        log = program.written().decode()
     finally:
-        launched.end()
-    assert "process 1 has not answered" in launched.log.read_text()
-    assert launched.process.returncode != 0
+        program.end()
+    assert program.codes == [EXIT_UNANSWERED, -signal.SIGKILL], log
+    assert "no progress for" in log
+    assert "process 1 has not answered" in log

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from eval.report import default_output, step_of
 from mamba2lm.inference import load_run
 from mamba2lm.models.checkpoint import verify
 from tests.inference import helpers
+from tests.processes import run_program
 
-REPOSITORY = Path(command.__file__).parent.parent
 TEXT = helpers.corpus()[20_000:22_000]
 
 
@@ -35,13 +33,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_both_tasks_from_the_shell(run_dir: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "eval", f"checkpoint={run_dir}", "tasks=[perplexity,recall]",
-         "recall.length=32", "recall.n_pairs=[2,4]", "recall.n_examples=6", "seed=9"],
-        capture_output=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
+    done = run_program(
+        "-m", "eval", f"checkpoint={run_dir}", "tasks=[perplexity,recall]",
+        "recall.length=32", "recall.n_pairs=[2,4]", "recall.n_examples=6", "seed=9",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()
     values = json.loads((run_dir / "eval-7.json").read_text(encoding="utf-8"))

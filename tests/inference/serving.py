@@ -15,8 +15,9 @@ import httpx
 import openai
 
 from mamba2lm.inference import Engine
+from mamba2lm.inference.app import Server
 from mamba2lm.inference.config import ServeConfig
-from mamba2lm.inference.server import Server, http_server, listen
+from mamba2lm.inference.server import http_server, listen
 from mamba2lm.models import LanguageModel
 from tests.inference import helpers
 

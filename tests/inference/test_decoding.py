@@ -45,7 +45,7 @@ def test_pieces_never_end_within_a_character() -> None:
     tokenizer = Tokenizer.of_bytes()
     text = "né €uro 😀 한글"
     started = row(tokenizer)
-    pieces = [started.push(byte) for byte in text.encode()]
+    pieces = [started.extend([byte]) for byte in text.encode()]
     # Each character comes whole, with its last byte.
     expected = [[""] * (len(c.encode()) - 1) + [c] for c in text]
     assert pieces == [piece for character in expected for piece in character]
@@ -55,7 +55,7 @@ def test_pieces_never_end_within_a_character() -> None:
 def test_bytes_that_are_no_character_are_replaced_at_the_end() -> None:
     tokenizer = Tokenizer.of_bytes()
     started = row(tokenizer, tokens=3)
-    pieces = [started.push(byte) for byte in [0x61, 0xE2, 0x82]]
+    pieces = [started.extend([byte]) for byte in [0x61, 0xE2, 0x82]]
     assert pieces == ["a", "", "\ufffd"]
     assert started.finish_reason == "length"
 
@@ -65,7 +65,7 @@ def test_a_stop_string_across_tokens_and_characters() -> None:
     started = row(tokenizer, stop=["€ ", "zzz"])
     given = ""
     for byte in "price: 3 €uro, 4 € each".encode():
-        given += started.push(byte)
+        given += started.extend([byte])
         if started.finish_reason:
             break
     assert given == started.text == "price: 3 €uro, 4 "
@@ -76,10 +76,10 @@ def test_a_stop_string_across_tokens_and_characters() -> None:
 def test_text_held_back_for_a_stop_string_comes_at_the_end(reason: str) -> None:
     tokenizer = Tokenizer.of_bytes()
     started = row(tokenizer, stop=["END!"], tokens=6 if reason == "length" else 100)
-    pieces = [started.push(byte) for byte in b"so END"]
+    pieces = [started.extend([byte]) for byte in b"so END"]
     if reason == "eos":
         assert pieces[-1] == ""
-        assert started.push(tokenizer.eos_id) == "END"
+        assert started.extend([tokenizer.eos_id]) == "END"
     assert started.text == "so END"
     assert started.finish_reason == reason
     assert bytes(started.token_ids) == b"so END"
@@ -90,7 +90,7 @@ def test_the_separator_is_no_part_of_text_or_ids() -> None:
     ids = tokenizer.encode("It is a truth")
     started = row(tokenizer)
     for token in [*ids, tokenizer.eos_id]:
-        started.push(token)
+        started.extend([token])
     assert started.text == "It is a truth"
     assert started.token_ids == ids
     assert started.finish_reason == "eos"
@@ -102,9 +102,38 @@ def test_stop_tokens_end_a_text_and_the_separator_may_be_ignored() -> None:
     started = Row(tokenizer, max_new_tokens=100, stop_token_ids=[ord("!")], ignore_eos=True)
     for token in [ord("a"), tokenizer.eos_id, ord("b"), ord("!")]:
         assert started.finish_reason is None
-        started.push(token)
+        started.extend([token])
     assert started.text == "ab"
     assert started.token_ids == [ord("a"), tokenizer.eos_id, ord("b")]
     assert started.finish_reason == "stop"
     assert started.ended_by == ord("!")
     assert started.left == 97
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer.of_bytes(), helpers.tokenizer()])
+def test_several_tokens_at_once_are_one_after_the_other(tokenizer: Tokenizer) -> None:
+    rng = random.Random(1)
+    text = "né €uro, price: 3 € each; the end is near 😀 END of it"
+    ended = set()
+    for _ in range(300):
+        ids = [
+            *tokenizer.encode(text),
+            *rng.choices([tokenizer.eos_id, *tokenizer.encode(text)], k=9),
+        ]
+        stop = rng.choice([[], ["END"], ["€ e", "near"]])
+        options = {"stop": stop, "max_new_tokens": rng.randint(1, len(ids))}
+        one = Row(tokenizer, **options)  # type: ignore[arg-type]
+        for token in ids:
+            if one.finish_reason is None:
+                one.extend([token])
+        many = Row(tokenizer, **options)  # type: ignore[arg-type]
+        given, place = "", 0
+        while many.finish_reason is None and place < len(ids):
+            size = rng.randint(1, 9)
+            given += many.extend(ids[place : place + size])
+            place += size
+        assert given == many.text == one.text
+        for name in ("token_ids", "finish_reason", "ended_by", "left"):
+            assert getattr(many, name) == getattr(one, name)
+        ended.add(many.finish_reason)
+    assert {"stop", "eos", "length"} <= ended

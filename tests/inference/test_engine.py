@@ -298,7 +298,7 @@ def test_a_crowd_of_unequal_prompts_is_read_in_few_passes(
     expected = [alone(built, request) for request in requests]
     assert len(count_read) == len(prompts)
     count_read.clear()
-    built._together = True  # as on a GPU
+    built._prefill._together = True  # as on a GPU
     jobs = [built.submit(request) for request in requests]
     built.run(jobs)
     read = sum(map(len, prompts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -141,6 +142,22 @@ def test_prompt_file_several_samples_and_stop(
     assert re.fullmatch(SPEED, err)
 
 
+def test_text_that_follows_a_schema(
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": [1, null]}, "maxItems": 3}\n')
+    code, out, err = run_inside(
+        monkeypatch, capsys, f"checkpoint={run_dir}", "prompt=She", "echo=false", "seed=2",
+        f"json_schema={schema}", "max_new_tokens=200",
+    )  # fmt: skip
+    assert code == 0, err
+    assert set(json.loads(out)) <= {1, None}
+
+
 def test_a_saved_state_continues(
     run_dir: Path,
     tmp_path: Path,
@@ -178,6 +195,10 @@ def test_a_saved_state_continues(
         (["prompt=a", "sampling.temperature=-1"], "sampling.temperature=-1.0: must be"),
         (["prompt=a", "sampling.top_p=0"], "sampling.top_p=0.0: must be above 0"),
         (["prompt=a", "samples=2", "stream=true"], "stream=True: works on one text"),
+        (["prompt=a", "sampling.regex='(a'"], "sampling.regex='(a': cannot be read"),
+        (["prompt=a", "json_schema=none.json"], "json_schema='none.json': cannot be read: No such"),
+        (["prompt=a", "json_schema=empty.txt"], "sampling.json_schema='': cannot be read: Expect"),
+        (["prompt=a", "grammar=a", "sampling.regex=a"], "grammar='a': sampling.regex is given too"),
         (["prompt=a", "save_state=no/where"], "save_state='no/where': its folder does not exist"),
         (["prompt=a", "load_state=none"], "load_state='none': no such file"),
         (["prompt=a", "seed=-1"], "seed=-1: must be ≥ 0"),

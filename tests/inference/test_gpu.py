@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -92,3 +93,22 @@ def test_bfloat16_weights_and_states_generate() -> None:
     request = Request(ids, GREEDY, 40, ignore_eos=True, logprobs=0)
     first = [alone(e, request).rows[0].logprobs[1].logprob for e in (built, halved)]
     assert first[0] == pytest.approx(first[1], abs=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_constraints_hold_in_recorded_steps(dtype: torch.dtype) -> None:
+    pytest.importorskip("llguidance")
+    built = engine("MM", dtype=dtype, max_rows=16)
+    expression = "([a-z]{2,4} ){3}[0-9]"
+    bound = [
+        Request(ids, SamplingConfig(temperature=t, regex=expression), 60)
+        for ids, t in zip(random_ids(5, 30, 40), (0.0, 1.0, 2.0), strict=True)
+    ]
+    free = [Request(ids, GREEDY, 60) for ids in random_ids(9, 50)]
+    jobs = [built.submit(request) for request in (*bound, *free)]
+    built.run(jobs)
+    for job in jobs[:3]:
+        assert re.fullmatch(expression, job.completions()[0].text)
+    if dtype == torch.float64:
+        for request, job in zip((*bound, *free), jobs, strict=True):
+            assert tokens_of(alone(built, request)) == tokens_of(job)

@@ -364,7 +364,7 @@ def test_keys_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_limits_are_kept() -> None:
     with serving(
-        max_body_bytes=2000, body_timeout=0.5, max_prompt_tokens=50, max_new_tokens=200_000,
+        max_body_bytes=2000, body_timeout=1.5, max_prompt_tokens=50, max_new_tokens=200_000,
         request_timeout=1.0, max_choices=3,
     ) as running:  # fmt: skip
         big = {"prompt": "a" * 3000}
@@ -439,7 +439,7 @@ def test_metrics_are_what_prometheus_reads(served: Served) -> None:
 def test_the_documented_programs_run(
     served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    client, engine = re.findall(
+    client, form, engine = re.findall(
         r"^```python\n(.*?)^```$", (ROOT / "docs" / "serving.md").read_text(), re.M | re.S
     )
     client = client.replace("http://127.0.0.1:8000", served.url).replace("quickstart", "tiny")
@@ -447,6 +447,10 @@ def test_the_documented_programs_run(
     exec(compile(client, "serving.md", "exec"), names)
     half = len(names["text"]) // 2
     assert names["text"][:half] == names["text"][half:] != ""
+    exec(compile(form.replace("quickstart", "tiny"), "serving.md", "exec"), names)
+    choice = names["answer"].choices[0]
+    assert choice.text.lstrip().startswith("{")
+    assert choice.finish_reason == "length" or set(json.loads(choice.text)) == {"who", "age"}
     helpers.write_run(tmp_path / "runs" / "quickstart", helpers.model("MA"), helpers.tokenizer())
     monkeypatch.chdir(tmp_path)
     exec(compile(engine, "serving.md", "exec"), names)

@@ -255,7 +255,7 @@ def shipped() -> list[Any]:
     """List every configuration of every tuned file, with a shape that it is for."""
     cases = []
     for major in (0, 9):
-        for index, entry in enumerate(launch.tuned_file(major)):
+        for index, entry in enumerate(launch.TUNED.entries(major)):
             low = {name: bounds[0] for name, bounds in entry["when"].items()}
             bits, n = low.get("bits", 16), low.get("n", 16)
             cases.append(pytest.param(entry, bits, n, id=f"sm{major}0-{index}"))
@@ -265,7 +265,7 @@ def shipped() -> list[Any]:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("entry", "bits", "n"), shipped())
 def test_every_configuration_is_right(entry: dict[str, Any], bits: int, n: int) -> None:
-    config = launch.parse_config(entry["use"])
+    config = launch.TUNED.parse(entry["use"])
     alone = {
         name: replace(getattr(config, name), alone=1) for name in ("scan", "ends", "gradients")
     }

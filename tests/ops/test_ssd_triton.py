@@ -47,10 +47,11 @@ CHUNKED = Config(
 FUSED = replace(
     CHUNKED,
     fused=Blocks(p=16),
-    states=Blocks(p=32, n=16),
+    states_backward=Blocks(p=16, n=16, direct=True),
     through=Blocks(programs=6),
     within=Blocks(programs=1),
 )
+DIRECT = replace(FUSED, forward_chunk=32, fused=Blocks(p=8, direct=True))
 
 
 @pytest.fixture(autouse=True)
@@ -127,15 +128,15 @@ def test_float32_matches_the_reference(length: int, config: Config, packed: bool
 
 
 @runs_kernels
-@pytest.mark.parametrize("decay", [1e-6, 80.0])
-def test_extreme_decays_match_the_reference(decay: float) -> None:
-    override_config(CHUNKED)
+@pytest.mark.parametrize(("decay", "config"), [(1e-6, CHUNKED), (80.0, CHUNKED), (80.0, DIRECT)])
+def test_extreme_decays_match_the_reference(decay: float, config: Config) -> None:
+    override_config(config)
     check_float32(draw(1, 65, 4, 16, 1, 16, decay=decay), seq_idx=seq_idx(1, 65).to(DEVICE))
 
 
 @runs_kernels
 def test_limits_on_the_step_match_the_reference() -> None:
-    override_config(FUSED)
+    override_config(DIRECT)
     check_float32(draw(1, 65, 4, 16, 1, 16), dt_limit=(0.1, 1.0))
 
 
@@ -161,7 +162,7 @@ def test_kernels_in_the_interpreter() -> None:
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "12 passed" in done.stdout.splitlines()[-1], done.stdout[-300:]
+    assert "13 passed" in done.stdout.splitlines()[-1], done.stdout[-300:]
 
 
 # Their gradients have one number a head.
@@ -425,7 +426,9 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int], tmp_path: P
     to_compile: list[tuple[Any, Blocks, int]] = [
         (forward.steps_kernel, small, q),
         (forward.fused_kernel, small, 64),
+        (forward.fused_kernel, Blocks(direct=True), 64),
         (forward.states_kernel, config.states_backward, q),
+        (forward.states_kernel, Blocks(stages=3, direct=True), q),
         (forward.scan_kernel, config.scan, config.forward_chunk),
         (backward.through_states_kernel, config.through, q),
         (backward.within_kernel, config.within, q),
@@ -437,7 +440,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int], tmp_path: P
             "dleave", "ddelta", "dcum", "dD", "skip", "A", "bias", "partial",
             "dA", "dbias", "first", "second", "third"}  # fmt: skip
     for kernel, blocks, chunk in to_compile:
-        constants = {**shape, "Q": chunk, "STAGES": blocks.stages}
+        constants = {**shape, "Q": chunk, "STAGES": blocks.stages, "DIRECT": blocks.direct}
         constants = {name: constants.get(name, True) for name in kernel.arg_names
                      if name.isupper()}  # fmt: skip
         signature = {}

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from mamba2lm import ops
-from mamba2lm.ops import Convolution, Norm, kernels
+from mamba2lm.layers.mamba1 import InnerNorm, Mamba1, Mamba1Config
+from mamba2lm.layers.mamba2 import Mamba2, Mamba2Config
+from mamba2lm.layers.norm import RMSNorm
+from mamba2lm.ops import Convolution, Norm, Scale, kernels
 from mamba2lm.ops.draw.launch import draw_greedily
 from mamba2lm.ops.linear_step import launch as linear_launch
 from mamba2lm.ops.state_update import launch as state_launch
@@ -38,6 +41,8 @@ def tuned_again() -> Iterator[None]:
     with torch.no_grad():
         yield
     linear_launch.override_blocks(None)
+    linear_launch.override_scales(None)
+    state_launch.override_projects(None)
     state_launch.override_blocks(None)
 
 
@@ -100,7 +105,14 @@ PARTS = ("", "bias residual", "norm taps", "gate groups residual", "norm bias tw
 @pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize(
     ("blocks", "rows", "k", "n"),
-    [(VECTOR, 1, 40, 19), (ROWS, 5, 40, 19), (replace(ROWS, folded=False), 17, 64, 33)],
+    [
+        (VECTOR, 1, 40, 19),
+        (ROWS, 5, 40, 19),
+        (replace(ROWS, folded=False), 17, 64, 33),
+        # The last of four parts of 40 inputs in tiles of 16 has none.
+        (replace(ROWS, k=16, split=4), 17, 40, 33),
+        (replace(ROWS, flip=True), 17, 40, 33),
+    ],
 )
 def test_linear_matches_the_reference(
     blocks: linear_launch.Blocks, rows: int, k: int, n: int, parts: str
@@ -113,6 +125,37 @@ def test_linear_matches_the_reference(
     for name, value in exact.items():
         assert found[name].dtype == torch.float32
         assert relative_error(found[name], value) <= FLOAT_LIMIT, name
+
+
+@runs_kernels
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("parts", ["", "taps residual"])
+@pytest.mark.parametrize(
+    ("blocks", "rows"), [(VECTOR, 1), (ROWS, 5), (replace(ROWS, k=16, split=2), 17)]
+)
+def test_scaled_linear_matches_the_norm_it_is_the_end_of(
+    blocks: linear_launch.Blocks, rows: int, parts: str, groups: int
+) -> None:
+    linear_launch.override_blocks(blocks)
+    inputs = linear_inputs(rows, 48, 33, f"norm {parts}")
+    norm = inputs["norm"]._replace(group_size=48 // groups)
+    x = inputs["x"].double().unflatten(1, (groups, -1))
+    normed = x * torch.rsqrt(x.square().mean(dim=2, keepdim=True) + norm.eps)
+    plain = {name: value for name, value in inputs.items() if name != "norm"}
+    exact = run_linear(
+        plain | {"x": normed.flatten(1) * norm.weight.double()}, torch.float64, "reference"
+    )
+    scaled = plain | {
+        "x": inputs["x"] * norm.weight,
+        "scale": Scale(
+            inputs["x"].square().unflatten(1, (6, 8)).sum(dim=2), norm.eps, norm.group_size
+        ),
+    }
+    for impl in ("reference", "triton"):
+        poison()
+        found = run_linear(scaled, torch.float32, impl)
+        for name, value in exact.items():
+            assert relative_error(found[name], value) <= FLOAT_LIMIT, (impl, name)
 
 
 @runs_kernels
@@ -195,6 +238,90 @@ def test_state_update_matches_the_reference(
 
 
 @runs_kernels
+@pytest.mark.parametrize(("h", "p", "g", "n"), [(4, 16, 2, 16), (3, 5, 1, 12)])
+def test_normed_state_update_matches_the_gated_norm(h: int, p: int, g: int, n: int) -> None:
+    state_launch.override_blocks(state_launch.Blocks(rows=4, warps=1))
+    inputs = state_inputs("ssd", 3, h, p, g, n)
+    options: dict[str, Any] = {"dt_softplus": True, "A_is_log": True}
+    weight, eps = randn(h * p), 1e-3
+    wide = cast_all(inputs, torch.float64)
+    gate = wide.pop("z").flatten(1)
+    y, new = ops.ssd_state_update(**wide, **options, impl="reference")
+    exact = ops.gated_rms_norm(y.flatten(1), gate, weight.double(), eps=eps, impl="reference")
+    for impl in ("reference", "triton"):
+        mine = cast_all(inputs, torch.float32) | {"state": inputs["state"].clone()}
+        poison()
+        found, squares = ops.ssd_state_update_normed(**mine, **options, norm=weight, impl=impl)  # type: ignore[arg-type]
+        assert squares.shape[1] % h == 0
+        scaled = found.flatten(1) * Scale(squares, eps).of(h * p)
+        assert relative_error(scaled, exact) <= FLOAT_LIMIT
+        assert relative_error(mine["state"], new) <= FLOAT_LIMIT
+        # Every part is of equally many neighbours.
+        parts = (found.flatten(1) / weight).square().unflatten(1, (h, -1)).sum(dim=2)
+        assert relative_error(squares.unflatten(1, (h, -1)).sum(dim=2), parts) <= 10 * FLOAT_LIMIT
+
+
+@runs_kernels
+@pytest.mark.parametrize("rank", [1, 5, 16])
+def test_state_update_that_projects_its_step_size_matches(rank: int) -> None:
+    inputs = state_inputs("selective", 3, 4, 10, 1, 12)
+    inputs["dt"] = randn(3, rank + 2)[:, 1:-1]
+    inputs["dt_weight"] = randn(40, rank)
+    options: dict[str, Any] = {"dt_softplus": True, "A_is_log": True}
+    update = ops.selective_state_update
+    exact = update(**cast_all(inputs, torch.float64), **options, impl="reference")  # type: ignore[arg-type]
+    poison()
+    found = update(**inputs, **options, impl="triton")  # type: ignore[arg-type]
+    for got, wanted in zip(found, exact, strict=True):
+        assert relative_error(got, wanted) <= FLOAT_LIMIT
+
+
+@runs_kernels
+@pytest.mark.parametrize("inner_norm", ["none", "learned"])
+def test_layers_that_leave_the_projection_of_the_step_size_match(inner_norm: str) -> None:
+    torch.manual_seed(0)
+    mixer = Mamba1(Mamba1Config(d_state=8, inner_norm=InnerNorm(inner_norm)), 32)
+    mixer.init_weights()
+    mixer = mixer.to(DEVICE)
+    norm = RMSNorm(32, 1e-5).to(DEVICE)
+    found = {}
+    for projects in (False, True):
+        state_launch.override_projects(projects)
+        x, state = randn(1, 32), mixer.new_state(1)
+        for _ in range(3):
+            x, state = mixer.step_block(x, norm, state)
+        found[projects] = [x, *(state[name] for name in state)]
+    for mine, theirs in zip(*found.values(), strict=True):
+        assert relative_error(mine, theirs.double()) <= FLOAT_LIMIT
+
+
+@runs_kernels
+@pytest.mark.parametrize("blocks", [VECTOR, ROWS, replace(ROWS, k=16, split=2, flip=True)])
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_layers_that_leave_the_norms_scale_match(
+    blocks: linear_launch.Blocks, ngroups: int
+) -> None:
+    rows = 5 if blocks.rows else 1
+    linear_launch.override_blocks(blocks)
+    config = Mamba2Config(d_state=16, headdim=16, ngroups=ngroups, chunk_size=8)
+    torch.manual_seed(0)
+    mixer = Mamba2(config, 32)
+    mixer.init_weights()
+    mixer = mixer.to(DEVICE)
+    mixer.norm.weight.add_(randn(*mixer.norm.weight.shape))
+    norm = RMSNorm(32, 1e-5).to(DEVICE)
+    found = {}
+    for scales in (False, True):
+        linear_launch.override_scales(scales)
+        x, state = randn(rows, 32), mixer.new_state(rows)
+        for _ in range(3):
+            x, state = mixer.step_block(x, norm, state)
+        found[scales] = [x, *(state[name] for name in state)]
+    for mine, theirs in zip(*found.values(), strict=True):
+        assert relative_error(mine, theirs.double()) <= FLOAT_LIMIT
+
+
+@runs_kernels
 @pytest.mark.parametrize("kind", list(UPDATES))
 def test_state_update_without_optional_arguments_matches_the_reference(kind: str) -> None:
     inputs = state_inputs(kind, 2, 4, 16, 1, 16)
@@ -217,7 +344,7 @@ def cast_all(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 )
 def test_kernels_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
-    run_in_interpreter(__file__, "match", passed=28)
+    run_in_interpreter(__file__, "match", passed=63)
 
 
 @pytest.mark.gpu
@@ -260,6 +387,32 @@ def test_half_precision_linear_loses_no_more_than_plain_pytorch(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("split", [2, 3, 8])
+@pytest.mark.parametrize(("rows", "k", "n"), [(64, 2560, 10576), (33, 5120, 192), (64, 1536, 770)])
+def test_shared_sums_are_whole_and_the_same_every_time(
+    rows: int, k: int, n: int, split: int
+) -> None:
+    """Programs end in another order every time, and hundreds of kernels share their counts."""
+    linear_launch.override_blocks(
+        linear_launch.Blocks(
+            n=64, k=128, warps=4, rows=64, stages=3, split=split, flip=bool(split % 2)
+        )
+    )
+    inputs = linear_inputs(rows, k, n, "bias taps residual")
+    inputs = {name: cast(value, torch.bfloat16) for name, value in inputs.items()}
+    exact = run_linear(inputs, torch.float64, "reference")
+    plain = run_linear(inputs, torch.bfloat16, "reference", torch.float32)
+    first = run_linear(inputs, torch.bfloat16, "triton", torch.float32)
+    for name, value in exact.items():
+        limit = NAIVE_ERROR_RATIO * max(relative_error(plain[name], value), 1e-6)
+        assert relative_error(first[name], value) <= limit, name
+    for _ in range(100):
+        poison()
+        again = run_linear(inputs, torch.bfloat16, "triton", torch.float32)
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("h", "p", "g", "n"), [(24, 64, 1, 128), (8, 40, 2, 64), (64, 64, 1, 16)])
 @pytest.mark.parametrize("kind", list(UPDATES))
@@ -282,28 +435,42 @@ def test_half_precision_state_update_loses_no_more_than_plain_pytorch(
 
 
 @pytest.mark.gpu
-def test_kernels_that_overlap_compute_what_kernels_in_turn_do() -> None:
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_kernels_that_overlap_compute_what_kernels_in_turn_do(rows: int, scaled: bool) -> None:
     """Hundreds of dependent kernels, each of which may begin before the last has ended."""
     k = 512
+    if rows > 1:
+        linear_launch.override_blocks(
+            linear_launch.Blocks(n=64, k=64, warps=4, rows=64, stages=3, split=4)
+        )
     # Only parameters are read before the previous kernel has ended.
     weights = [torch.nn.Parameter(randn(k, k, seed=i).bfloat16() * k**-0.5) for i in range(50)]
     norm = Norm(torch.nn.Parameter(torch.ones(k, device=DEVICE, dtype=torch.bfloat16)))
-    state = randn(1, 8, 64, 64)
+    state = randn(rows, 8, 64, 64)
     given: dict[str, Any] = {
-        "dt": randn(1, 8),
-        "A": randn(8),
-        "B": randn(1, 1, 64),
-        "C": randn(1, 1, 64),
+        "dt": randn(rows, 8),
+        "A": torch.nn.Parameter(randn(8)),
+        "B": randn(rows, 1, 64),
+        "C": randn(rows, 1, 64),
+        "dt_softplus": True,
+        "A_is_log": True,
+        "early": True,
     }
 
     def run() -> tuple[Tensor, Tensor]:
-        x, kept = randn(1, k).to(torch.bfloat16), state.clone()
+        x, kept = randn(rows, k).to(torch.bfloat16), state.clone()
         for weight in weights * 4:
             x = ops.linear_step(x, weight, norm=norm, impl="triton")
-            y, _ = ops.ssd_state_update(
-                kept, x.view(1, 8, 64), **given, dt_softplus=True, A_is_log=True, in_place=True,
-                early=True,
-            )  # fmt: skip
+            heads = x.view(rows, 8, 64)
+            if scaled:
+                y, squares = ops.ssd_state_update_normed(
+                    kept, heads, z=heads, norm=norm.weight, **given
+                )
+                scale = Scale(squares)
+                x = ops.linear_step(y.flatten(1), weight, residual=x, scale=scale, impl="triton")
+                continue
+            y, _ = ops.ssd_state_update(kept, heads, **given, in_place=True)
             x = ops.linear_step(y.flatten(1), weight, residual=x, impl="triton")
         return x, kept
 
@@ -327,23 +494,29 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
     from mamba2lm.ops.state_update import step as update
 
     chain = target[0] == "cuda" and target[1] >= 90
-    wide = dict.fromkeys(("residual", "state", "new", "A", "D"), "*fp32")
-    types = {**wide, "eps": "fp32", "low": "fp32", "high": "fp32"}
+    wide = dict.fromkeys(("residual", "state", "new", "A", "D", "squares", "parts"), "*fp32")
+    types = {**wide, "arrived": "*i32", "eps": "fp32", "low": "fp32", "high": "fp32"}
     parts = {
         "NORMED": True, "GATED": True, "HAS_BIAS": True, "HAS_RESIDUAL": True, "TAPS": 4,
         "HAS_TAPS_BIAS": True, "GROUPS": 2, "WIDTH": 768, "CHAIN": chain,
     }  # fmt: skip
-    for rows, kernel in ((1, linear.vector_kernel), (16, linear.rows_kernel)):
+    for rows, split, kernel in (
+        (1, 1, linear.vector_kernel), (16, 1, linear.rows_kernel), (16, 4, linear.rows_kernel),
+    ):  # fmt: skip
         blocks = replace(VECTOR, k=256) if rows == 1 else replace(ROWS, n=64, k=64, stages=3)
         compile_kernel(
             kernel,
-            {**parts, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 4, "ROWS": rows,
+            {**parts, "NORMED": split == 1, "SQUARES": 3 * (split > 1), "SPLIT": split,
+             "FLIP": split > 1,
+             "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "AHEAD": 4, "ROWS": rows,
              "STAGES": blocks.stages},
             types, target, num_warps=blocks.warps,
         )  # fmt: skip
     options = {
         "HAS_D": True, "D_WIDE": False, "HAS_Z": True, "HAS_BIAS": True, "SOFTPLUS": True,
-        "CLAMP": True, "LOGARITHM": True, "P": 64, "N": 128, "BLOCK_P": 32, "BLOCK_D": 32,
+        "CLAMP": True, "LOGARITHM": True, "NORMED": True, "P": 64, "N": 128,
+        "RANK": 160, "BLOCK_R": 256,
+        "BLOCK_P": 32, "BLOCK_D": 32,
         "BLOCK_N": 128, "EARLY": True, "CHAIN": chain,
     }  # fmt: skip
     for kernel in (update.ssd_step_kernel, update.selective_step_kernel):

@@ -30,7 +30,7 @@ from mamba2lm.ops.kernels import (
 )
 
 if TYPE_CHECKING:
-    from mamba2lm.ops.linear_step.reference import Convolution, Norm
+    from mamba2lm.ops.linear_step.reference import Convolution, Norm, Scale
 
 ROWS = (1, 8, 16, 32, 64)
 """Rows that are tuned for; a batch counts as the next larger. More are left to a library."""
@@ -63,15 +63,46 @@ class Blocks:
     """With ``rows``: whether every program normalises what it reads; else a kernel does before."""
     ahead: int = 4
     """Tiles asked for before waiting for the previous kernel; a power of two with ``rows``."""
+    split: int = 1
+    """With ``rows``: programs that share an output's inputs; the norm is then not folded."""
+    flip: bool = False
+    """With ``rows``: whether the rows are the left factor."""
 
+
+MOST_SHARED = 8192
+"""Tiles of outputs that several programs may share."""
+
+LEAVES_SCALE = False
+"""Whether a state update leaves its layer's norm to the product behind it."""
 
 _override: Blocks | None = None
+_scales: bool | None = None
 
 
 def override_blocks(blocks: Blocks | None) -> None:
     """Use these for every call (tests and tuning); None undoes it."""
     global _override
     _override = blocks
+
+
+def scales() -> bool:
+    """Return whether a state update leaves its layer's norm to the product behind it."""
+    return LEAVES_SCALE if _scales is None else _scales
+
+
+def override_scales(scales: bool | None) -> None:
+    """Let it, or not (tests and tuning); None undoes it."""
+    global _scales
+    _scales = scales
+
+
+@lru_cache
+def arrivals(device: torch.device) -> Tensor:
+    """Return counts of programs that have left their part, all 0 between two kernels.
+
+    Kernels of one stream may share them: the next waits until all of this one have ended.
+    """
+    return torch.zeros(MOST_SHARED, dtype=torch.int32, device=device)
 
 
 @lru_cache
@@ -136,6 +167,7 @@ def unsupported(
     gate: Tensor | None,
     convolution: Convolution | None,
     residual: Tensor | None,
+    scale: Scale | None = None,
 ) -> str | None:
     """Say why the kernels do not take these inputs, or None when they do."""
     if (reason := no_kernels(x) or no_kernels(weight)) is not None:
@@ -158,11 +190,17 @@ def unsupported(
     ):
         return f"the convolution has over {MOST_TAPS} taps, or its tensors are not contiguous"
     k = x.shape[1]
-    group = k if norm is None or norm.group_size is None else norm.group_size
+    group = _group(k, norm, scale)
     tiles = (k // group) * -(-group // _tile(blocks, group))
     if (not blocks.rows and tiles > MOST_TILES) or k // group > MOST_GROUPS:
         return f"x has {k // group} groups of {group} inputs, too many tiles for one program"
     return None
+
+
+def _group(k: int, norm: Norm | None, scale: Scale | None) -> int:
+    """Return the inputs that are normalised together."""
+    size = norm.group_size if norm is not None else scale.group_size if scale is not None else None
+    return size or k
 
 
 def _tile(blocks: Blocks, group: int) -> int:
@@ -185,6 +223,7 @@ def linear_step_triton(
     convolution: Convolution | None,
     residual: Tensor | None,
     dtype: torch.dtype,
+    scale: Scale | None = None,
 ) -> Tensor:
     """Run the kernel.
 
@@ -200,9 +239,9 @@ def linear_step_triton(
         return y
     blocks = _blocks(x, weight)
     assert blocks is not None
-    group = k if norm is None or norm.group_size is None else norm.group_size
+    group = _group(k, norm, scale)
     taps = 0 if convolution is None else convolution.weight.shape[1]
-    if norm is not None and blocks.rows and not blocks.folded:
+    if norm is not None and blocks.rows and (blocks.split > 1 or not blocks.folded):
         x = normalised(x, norm, gate, weight.dtype)
         norm, gate, group = None, None, k
     chain = chains(device, weight, None if norm is None else norm.weight)
@@ -212,43 +251,52 @@ def linear_step_triton(
     taps_bias = None if convolution is None else convolution.bias
     tensors = (x, weight, bias, gate, residual, kept)
     tensors += () if norm is None else (norm.weight,)
+    tensors += () if scale is None else (scale.squares,)
     tensors += () if convolution is None else (convolution.weight, taps_bias)
     start, channels = (
         (0, 0) if convolution is None else (convolution.start, convolution.weight.shape[0])
     )
     launch = Launches(
         device, "linear_step", blocks, group, dtype, *map(signature, tensors),
-        norm is None, gate is None, channels, start, chain,
+        norm is None, gate is None, scale is None, channels, start, chain,
     )  # fmt: skip
     pointers = (
         x, x if gate is None else gate, x if norm is None else norm.weight, weight,
         x if bias is None else bias, x if residual is None else residual, y,
         x if convolution is None else convolution.weight, x if taps_bias is None else taps_bias,
-        kept,
+        kept, x if scale is None else scale.squares,
     )  # fmt: skip
+    eps = norm.eps if norm is not None else scale.eps if scale is not None else 1e-5
     parts = {
         "NORMED": norm is not None, "GATED": gate is not None, "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL": residual is not None, "TAPS": taps, "HAS_TAPS_BIAS": taps_bias is not None,
+        "SQUARES": 0 if scale is None else scale.squares.shape[1] * group // k,
         "GROUPS": k // group, "WIDTH": group,
     }  # fmt: skip
     with on_device(device):
         if blocks.rows:
+            grid = (-(-n // blocks.n), -(-b // blocks.rows), blocks.split)
+            shared, arrived = y, y
+            if blocks.split > 1:
+                assert norm is None
+                assert grid[0] * grid[1] <= MOST_SHARED
+                size = grid[0] * grid[1] * blocks.split * blocks.n * blocks.rows
+                shared = torch.empty(size, dtype=torch.float32, device=device)
+                arrived = arrivals(device)
             launch(
-                _kernel("rows_kernel"), (-(-n // blocks.n), -(-b // blocks.rows), 1), *pointers,
+                _kernel("rows_kernel"), grid, *pointers, shared, arrived,
                 b, n, k, x.stride(0), 0 if gate is None else gate.stride(0),
                 0 if residual is None else residual.stride(0), kept.stride(0), start, channels,
-                1e-5 if norm is None else norm.eps,
-                warps=blocks.warps, stages=blocks.stages, chain=chain,
+                eps, warps=blocks.warps, stages=blocks.stages, chain=chain,
                 **parts, ROWS=blocks.rows, BLOCK_N=blocks.n, BLOCK_K=tile, STAGES=blocks.stages,
-                AHEAD=blocks.ahead, CHAIN=chain,
+                SPLIT=blocks.split, FLIP=blocks.flip, AHEAD=blocks.ahead, CHAIN=chain,
             )  # fmt: skip
         else:
             assert b == 1
             tiles = (k // group) * -(-group // tile)
             launch(
                 _kernel("vector_kernel"), (-(-n // blocks.n), 1, 1), *pointers,
-                n, k, start, channels, 1e-5 if norm is None else norm.eps,
-                warps=blocks.warps, chain=chain,
+                n, k, start, channels, eps, warps=blocks.warps, chain=chain,
                 **parts, BLOCK_N=blocks.n, BLOCK_K=tile, AHEAD=min(blocks.ahead, tiles),
                 CHAIN=chain,
             )  # fmt: skip

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape
-from mamba2lm.ops.linear_step.launch import linear_step_triton, unsupported
-from mamba2lm.ops.linear_step.reference import Convolution, Norm, linear_step_composed
+from mamba2lm.ops.linear_step.launch import linear_step_triton, scales, unsupported
+from mamba2lm.ops.linear_step.reference import Convolution, Norm, Scale, linear_step_composed
 
 
 def linear_step(
@@ -19,6 +19,7 @@ def linear_step(
     gate: Tensor | None = None,
     convolution: Convolution | None = None,
     residual: Tensor | None = None,
+    scale: Scale | None = None,
     out_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -35,6 +36,8 @@ def linear_step(
         gate: With a norm: the inputs are x · SiLU(gate), (b, k).
         convolution: What is done to some of the outputs; its state is overwritten.
         residual: Added at the end, (b, n); the result then has its dtype.
+        scale: Instead of a norm, of inputs that have met its weight already
+            (``ssd_state_update_normed`` leaves both).
         out_dtype: Of the result without a residual; None means that of the product.
         impl: ``"auto"`` (one kernel for few rows on a GPU, else the fastest of every part),
             ``"triton"`` (the one kernel) or ``"reference"``.
@@ -59,13 +62,36 @@ def linear_step(
         if tensor is not None:
             expect_shape(name, tensor, axes, sizes)
     _check(norm, gate, convolution, sizes)
-    reason = unsupported(x, weight, norm, gate, convolution, residual)
+    if scale is not None:
+        if norm is not None:
+            raise ValueError("scale was given with norm; a norm is applied once.")
+        groups = sizes["k"] // (scale.group_size or sizes["k"])
+        expect_shape("scale.squares", scale.squares, "b s", sizes)
+        if scale.group_size is not None and sizes["k"] % scale.group_size:
+            raise ValueError(
+                f"scale.group_size={scale.group_size} must divide the {sizes['k']} inputs."
+            )
+        if sizes["s"] % groups:
+            raise ValueError(f"scale.squares has {sizes['s']} parts for {groups} groups.")
+    reason = unsupported(x, weight, norm, gate, convolution, residual, scale)
     chosen = choose_impl("linear_step", impl, x, unsupported=reason)
     if chosen == "triton":
         return linear_step_triton(
-            x, weight, bias, norm, gate, convolution, residual, out_dtype or weight.dtype
+            x, weight, bias, norm, gate, convolution, residual, out_dtype or weight.dtype, scale
         )
-    return linear_step_composed(x, weight, bias, norm, gate, convolution, residual, out_dtype, impl)
+    return linear_step_composed(
+        x, weight, bias, norm, gate, convolution, residual, out_dtype, impl, scale
+    )
+
+
+def takes_scale(x: Tensor, weight: Tensor) -> bool:
+    """Return whether a step should leave its norm's factor to the product with ``weight``.
+
+    Args:
+        x: What the product's inputs will be like, (b, k).
+        weight: (n, k).
+    """
+    return scales() and unsupported(x, weight, None, None, None, None) is None
 
 
 def _check(

@@ -25,6 +25,23 @@ class Norm(NamedTuple):
     """Inputs normalised together; None for all."""
 
 
+class Scale(NamedTuple):
+    """What is left of an RMSNorm of inputs that its weight has been multiplied into."""
+
+    squares: Tensor
+    """Sums of the squares of equal parts of the inputs, before the weight, in order: (b, s) float32
+    with s a multiple of the groups."""
+    eps: float = 1e-5
+    group_size: int | None = None
+    """Inputs normalised together; None for all."""
+
+    def of(self, width: int) -> Tensor:
+        """Return the factors of the groups of ``width`` inputs, (b, groups)."""
+        size = self.group_size or width
+        sums_bg = self.squares.unflatten(1, (width // size, -1)).sum(dim=-1)
+        return torch.rsqrt(sums_bg / size + self.eps)
+
+
 class Convolution(NamedTuple):
     """A causal convolution and SiLU of some of the outputs."""
 
@@ -48,8 +65,13 @@ def linear_step_composed(
     residual: Tensor | None,
     out_dtype: torch.dtype | None,
     impl: Impl,
+    scale: Scale | None = None,
 ) -> Tensor:
     """Do the parts one by one, each operator with ``impl``; arguments as ``linear_step``."""
+    if scale is not None:
+        factor_bg = scale.of(x.shape[1])
+        x = (x.unflatten(1, (factor_bg.shape[1], -1)) * factor_bg[:, :, None]).flatten(1)
+        x = x.to(weight.dtype)
     if norm is not None and impl == "auto" and _takes_step_norm(x, weight, norm, gate):
         x = normalised(x, norm, gate, weight.dtype)
     elif norm is not None and gate is not None:

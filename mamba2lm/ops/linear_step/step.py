@@ -5,8 +5,9 @@
 Every part beside the product is optional. With few rows the time is that of reading W once, so a
 program takes some outputs n of all rows and streams their rows of W; what it needs of x is small
 and comes from the cache. The scale of a norm is one number a row and group: it is applied to the
-sums, so the norm costs no pass of its own. A convolution's channel is an output, so the program
-that makes it also owns what the channel remembers.
+sums, so the norm costs no pass of its own. Where the kernel before has multiplied by the norm's
+weight and left sums of squares (``SQUARES`` a group), that number is all that is left of the norm.
+A convolution's channel is an output, so the program that makes it also owns what it remembers.
 
 ``vector_kernel`` takes one row, with products in float32 outside the tensor cores; ``rows_kernel``
 takes up to a block of rows through ``tl.dot``; with many, ``norm_kernel`` goes before it.
@@ -21,6 +22,7 @@ Letters: r rows (batch), n outputs, k inputs, c convolved channels.
 # Triton compiles the bodies below; the types of Python are not the types of its language.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # pyright: reportOperatorIssue=false, reportPossiblyUnboundVariable=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 # ruff: noqa: RUF005 (no unpacking into tuples there either)
 
 from __future__ import annotations
@@ -147,13 +149,27 @@ def load_inputs(
         return 0.0
 
 
+@triton.jit
+def scale_of(
+    squares_ptr, g: tl.constexpr, r, there, eps,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SQUARES: tl.constexpr,
+):  # fmt: skip
+    """Return what the norm of a group multiplies rows by, from ``SQUARES`` parts of its squares."""
+    BLOCK: tl.constexpr = triton.next_power_of_2(SQUARES)
+    s = tl.arange(0, BLOCK)
+    ptrs = squares_ptr + r[None, :] * (GROUPS * SQUARES) + (g * SQUARES + s[:, None])
+    squares = tl.load(ptrs, mask=(s < SQUARES)[:, None] & there[None, :], other=0.0)
+    return tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
+
+
 @triton.jit(do_not_specialize=["start"])
 def vector_kernel(
     x_ptr, z_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
-    taps_ptr, taps_bias_ptr, kept_ptr,
+    taps_ptr, taps_bias_ptr, kept_ptr, squares_ptr,
     n_size, k_size, start, channels, eps,
     NORMED: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, SQUARES: tl.constexpr,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Make ``BLOCK_N`` outputs of one row.
@@ -192,37 +208,76 @@ def vector_kernel(
         sums = tl.sum(total, axis=1)
         if NORMED:
             sums *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
+        if SQUARES > 0:
+            r = tl.zeros((1,), tl.int32)
+            scale = scale_of(squares_ptr, g, r, r == 0, eps, GROUPS, WIDTH, SQUARES)
+            sums *= tl.sum(scale, axis=0)
         value += sums
     finish(value, around, n, 0, mask, y_ptr, kept_ptr, n_size, 0, start, channels, TAPS)
 
 
-@triton.jit(do_not_specialize=["start", "r_size"])
+@triton.jit
+def last_sum(value, part_ptr, arrived_ptr, SPLIT: tl.constexpr):
+    """Leave a part of a sum; return the whole sum and whether all parts have been left.
+
+    Whoever leaves the last part adds them up, in one order whoever it is, and makes the count of
+    arrivals ready for the next kernel.
+    """
+    n, r = tl.arange(0, value.shape[0])[:, None], tl.arange(0, value.shape[1])[None, :]
+    place = n * value.shape[1] + r
+    size: tl.constexpr = value.shape[0] * value.shape[1]
+    tl.store(part_ptr + tl.program_id(2) * size + place, value)
+    # All threads must have written theirs before the count says so.
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        value = tl.zeros_like(value)
+        for i in tl.static_range(SPLIT):
+            # Not from a cache that knows nothing of other processors' stores.
+            value += tl.load(part_ptr + i * size + place, cache_modifier=".cg")
+        tl.store(arrived_ptr, 0)
+    return value, last
+
+
+@triton.jit(do_not_specialize=["r_size"])
 def rows_kernel(
     x_ptr, z_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
-    taps_ptr, taps_bias_ptr, kept_ptr,
+    taps_ptr, taps_bias_ptr, kept_ptr, squares_ptr, parts_ptr, arrived_ptr,
     r_size, n_size, k_size, x_r, z_r, residual_r, kept_r, start, channels, eps,
     NORMED: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, SQUARES: tl.constexpr,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, CHAIN: tl.constexpr,
+    SPLIT: tl.constexpr, FLIP: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Make ``BLOCK_N`` outputs of up to ``ROWS`` rows; as ``vector_kernel`` otherwise.
 
-    What is loaded before waiting, ``AHEAD`` tiles of W, goes no further than the cache.
+    W is the left factor, so that few rows waste little of the tensor cores; with ``FLIP`` the rows
+    are, and neighbouring outputs lie in one thread.
+
+    What is loaded before waiting, ``AHEAD`` tiles of W, goes no further than the cache. With
+    ``SPLIT`` so many programs share the inputs of each group, and the last to end adds up.
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
     here = (r < r_size)[None, :]
+    TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    if SPLIT == 1:
+        first, last = 0, TILES
+    else:
+        SHARE: tl.constexpr = (TILES + SPLIT - 1) // SPLIT
+        first = tl.program_id(2) * SHARE
+        last = tl.minimum(first + SHARE, TILES)
     if CHAIN and AHEAD * BLOCK_K >= LINE:
-        line = tl.arange(0, AHEAD * BLOCK_K // LINE) * LINE
+        line = tl.arange(0, AHEAD * BLOCK_K // LINE) * LINE + first * BLOCK_K
         prefetch(rows_ptr + tl.minimum(line, k_size - 1)[None, :])
     wait_for_previous(CHAIN)
     for g in tl.static_range(GROUPS):
-        total = tl.zeros((BLOCK_N, ROWS), tl.float32)
+        total = tl.zeros((ROWS, BLOCK_N) if FLIP else (BLOCK_N, ROWS), tl.float32)
         if NORMED:
             squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
-        for i in tl.range(0, (WIDTH + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
+        for i in tl.range(first, last, num_stages=STAGES):
             k = tl.arange(0, BLOCK_K) + i * BLOCK_K
             inside = k < WIDTH
             k += g * WIDTH
@@ -239,20 +294,46 @@ def rows_kernel(
                 norm = tl.load(norm_ptr + k[:, None], mask=inside[:, None], other=0.0)
                 x, square = gate_and_square(x, z, norm, GATED, NORMED)
                 squares += square
-            total = tl.dot(w, x.to(w.dtype), total, input_precision="ieee")
+            x = x.to(w.dtype)
+            if FLIP:
+                total = tl.dot(tl.trans(x), tl.trans(w), total, input_precision="ieee")
+            else:
+                total = tl.dot(w, x, total, input_precision="ieee")
         if NORMED:
-            total *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)[None, :]
+            scale = tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
+            total *= scale[:, None] if FLIP else scale[None, :]
+        if SQUARES > 0:
+            scale = scale_of(squares_ptr, g, r, r < r_size, eps, GROUPS, WIDTH, SQUARES)
+            total *= scale[:, None] if FLIP else scale[None, :]
         if g == 0:
             value = total
         else:
             value += total
-    n, r = n[:, None], r[None, :]
-    mask = (n < n_size) & here
-    around = load_around(
-        n, r, mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
-        n_size, residual_r, kept_r, start, channels, HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
-    )  # fmt: skip
-    finish(value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS)
+    if FLIP:
+        n, r = n[None, :], r[:, None]
+    else:
+        n, r = n[:, None], r[None, :]
+    mask = (n < n_size) & (r < r_size)
+    if SPLIT == 1:
+        around = load_around(
+            n, r, mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+            n_size, residual_r, kept_r, start, channels,
+            HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
+        )  # fmt: skip
+        finish(value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS)
+    else:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        part_ptr = parts_ptr + tl.cast(tile, tl.int64) * (SPLIT * BLOCK_N * ROWS)
+        value, complete = last_sum(value, part_ptr, arrived_ptr + tile, SPLIT)
+        if complete:
+            around = load_around(
+                n, r, mask, bias_ptr, residual_ptr, taps_ptr, taps_bias_ptr, kept_ptr,
+                n_size, residual_r, kept_r, start, channels,
+                HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
+            )  # fmt: skip
+            finish(
+                value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS
+            )
 
 
 @triton.jit

@@ -295,9 +295,10 @@ def ends_kernel(
     """Find what one segment adds to the state that leaves it, from values x and keys B.
 
     In reverse: what it adds to the gradient of the state that enters it, from values dy and keys C.
-    ``one``: see ``scan_kernel``.
+    The last segment of the walk is left out, for nothing comes after it. ``one``: see
+    ``scan_kernel``.
     """
-    s = tl.program_id(1)
+    s = tl.program_id(1) + (1 if REVERSE else 0)
     b = tl.cast(tl.program_id(2), tl.int64)
     d = tl.program_id(0) * D_BLOCK + tl.arange(0, D_BLOCK)
     n = tl.arange(0, N)
@@ -362,7 +363,7 @@ def pass_kernel(
     REVERSE: tl.constexpr, HAS_RESTARTS: tl.constexpr, HAS_ENTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Replace what each segment adds to the state by the state that it starts from."""
+    """Replace what each segment but the last adds to the state by the state that it starts from."""
     b = tl.cast(tl.program_id(1), tl.int64)
     size = channels * state_size
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -374,7 +375,7 @@ def pass_kernel(
         state = tl.load(enter, mask=real, other=0.0).to(tl.float32)
     else:
         state = tl.zeros((BLOCK,), tl.float32)
-    for k in range(0, segments):
+    for k in range(0, segments - 1):
         row = b * segments + (segments - 1 - k if REVERSE else k)
         added = tl.load(ends_ptr + row * size + i, mask=real, other=0.0)
         exponent = A * tl.load(span_ptr + row * channels + d, mask=real, other=0.0)
@@ -382,3 +383,5 @@ def pass_kernel(
             exponent += tl.load(broken_ptr + row)
         tl.store(ends_ptr + row * size + i, state, mask=real)
         state = state * tl.exp2(exponent) + added
+    last = b * segments + (0 if REVERSE else segments - 1)
+    tl.store(ends_ptr + last * size + i, state, mask=real)

@@ -1,8 +1,7 @@
 """Launch the selective scan's Triton kernels, as PyTorch custom operators with gradients.
 
-Triton itself is imported on the first launch, so that this module imports everywhere. What a launch
-uses is read from ``tuned/*.json``, one file per GPU generation and one entry per class of shapes;
-nothing is tuned while a program runs.
+Triton itself is imported on the first launch, so that this module imports everywhere. How a kernel
+is launched is chosen in ``config.py``.
 
 Letters: b batch, l length, d channels, n state, s segments, c chunks, k splits.
 """
@@ -10,166 +9,43 @@ Letters: b batch, l length, d channels, n state, s segments, c chunks, k splits.
 from __future__ import annotations
 
 import importlib
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mamba2lm.ops.discretisation import limit_binds
-from mamba2lm.ops.kernels import (
-    Launches,
-    compute_capability,
-    no_kernels,
-    on_device,
-    signature,
-    unit_stride,
+from mamba2lm.ops.kernels import Launches, on_device, signature, unit_stride
+from mamba2lm.ops.scan_operator import Gradients, ScanOperator
+from mamba2lm.ops.selective_scan.config import (
+    TUNED,
+    Blocks,
+    Config,
+    channel_block,
+    choose_config,
+    config_for,
+    override_config,
+    power_of_two,
+    segment_length,
+    unsupported,
 )
 
-LARGEST_STATE = 256
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How one kernel is launched: what a program owns and what it runs on."""
-
-    elements: int = 512
-    """Elements of the states of a program's channels, which are at least one and at most
-    ``channels``."""
-    channels: int = 32
-    warps: int = 1
-    steps: int = 4
-    """Positions whose loads are issued together (and, in the backward pass, whose states are kept
-    in registers)."""
-    registers: int | None = None
-    """The most registers that a thread may use; None for as many as the compiler wants."""
-    alone: int = 1024
-    """Walk the whole sequence as one segment when that makes at least this many programs."""
-    programs: int = 4096
-    """How many programs there should be otherwise."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """All choices for one class of shapes; every one changes speed, none the result."""
-
-    chunk: int = 64
-    """Positions between the states that the forward pass leaves for the backward pass."""
-    scan: Blocks = field(default_factory=Blocks)
-    ends: Blocks = field(default_factory=Blocks)
-    gradients: Blocks = field(default_factory=Blocks)
-    keep: bool = True
-    """Keep decays in registers for the walk back rather than compute them again."""
-    walk: int = 8
-    """Positions whose loads are issued together where the backward pass walks forward."""
-    dot: bool = True
-    """Sum dB and dC over channels by matrix products rather than by shuffles."""
-    blocks: int = 8
-    """Blocks of channels that one program of ``gradients_kernel`` treats one after another, at
-    most; more leave fewer partial sums of dB and dC."""
-    segment: int = 256
-    """Positions that a segment has at least, a multiple of ``chunk``."""
-
-
-def parse_config(entry: dict[str, Any]) -> Config:
-    """Build a ``Config`` from one entry of a tuned file."""
-    blocks: dict[str, Any] = {
-        name: Blocks(**value) if isinstance(value, dict) else value for name, value in entry.items()
-    }
-    return Config(**blocks)
-
-
-@lru_cache
-def tuned_file(major: int) -> list[dict[str, Any]]:
-    """Read the entries for GPUs of one compute capability, or the safe ones for unknown GPUs.
-
-    Each entry holds ``when``, bounds on a shape's ``bits`` (of the dtype), ``rows`` (b d) and
-    ``n``, and ``use``, the fields of ``Config``. The first entry whose bounds hold is taken.
-    """
-    folder = Path(__file__).parent / "tuned"
-    path = folder / f"sm{major}0.json"
-    return json.loads((path if path.exists() else folder / "default.json").read_text())
-
-
-@lru_cache(maxsize=4096)
-def choose_config(major: int, *, bits: int, rows: int, n: int) -> Config:
-    """Choose the configuration for a shape.
-
-    Args:
-        major: Major compute capability of the GPU; 0 for none.
-        bits: Width of the compute dtype.
-        rows: Batch times channels.
-        n: State size.
-    """
-    shape = {"bits": bits, "rows": rows, "n": n}
-    for entry in tuned_file(major):
-        if all(low <= shape[name] <= high for name, (low, high) in entry["when"].items()):
-            return parse_config(entry["use"])
-    raise AssertionError("the last entry of a tuned file must accept every shape")
-
-
-_override: Config | None = None
-
-
-def override_config(config: Config | None) -> None:
-    """Use one configuration for every call until told otherwise (tests and tuning)."""
-    global _override
-    _override = config
-
-
-def config_for(x_bld: Tensor, n: int) -> Config:
-    """Choose the configuration for a call."""
-    if _override is not None:
-        return _override
-    major = compute_capability(x_bld.device)
-    rows = x_bld.shape[0] * x_bld.shape[2]
-    return choose_config(major, bits=x_bld.element_size() * 8, rows=rows, n=n)
-
-
-def unsupported(x: Tensor, A: Tensor) -> str | None:
-    """Say why the kernels cannot take these inputs, or None when they can.
-
-    Args:
-        x: Inputs, (b, l, d).
-        A: Decay rates, (d, n).
-    """
-    if (reason := no_kernels(x)) is not None:
-        return reason
-    if A.shape[1] > LARGEST_STATE:
-        return f"A has state size {A.shape[1]} (axis 1); the kernels take at most {LARGEST_STATE}"
-    return None
-
-
-def power_of_two(value: int) -> int:
-    """Return the least power of two that is not smaller."""
-    return 1 << (value - 1).bit_length()
-
-
-def channel_block(blocks: Blocks, n: int) -> int:
-    """Return the channels of a program, for a state size that is a power of two."""
-    return max(1, min(blocks.channels, blocks.elements // n))
-
-
-def segment_length(blocks: Blocks, config: Config, length: int, programs: int) -> int:
-    """Return the positions that a program walks, a multiple of the chunk.
-
-    Args:
-        blocks: Launch of the kernel that walks.
-        config: What the chunk and the shortest segment are.
-        length: Positions of the sequence.
-        programs: Programs if each walked the whole sequence.
-    """
-    chunks = -(-length // config.chunk)
-    if programs >= blocks.alone:
-        return chunks * config.chunk
-    segments = max(1, min(-(-blocks.programs // programs), length // config.segment))
-    return -(-chunks // segments) * config.chunk
+__all__ = [
+    "TUNED",
+    "Blocks",
+    "Config",
+    "backward",
+    "channel_block",
+    "choose_config",
+    "forward",
+    "override_config",
+    "segment_length",
+    "selective_scan_triton",
+    "unsupported",
+]
 
 
 @lru_cache
@@ -285,7 +161,7 @@ class _Call:
         broken = torch.empty(b, segments, dtype=torch.float32, device=value.device)
         variant = "reverse" if reverse else ""
         self.launches(
-            kernels.ends_kernel, (-(-d // d_block), segments, b),
+            kernels.ends_kernel, (-(-d // d_block), segments - 1, b),
             value, self.dt, self.A, key, value if z is None else z,
             self.A if self.dt_bias is None else self.dt_bias,
             self.A if self.restart is None else self.restart, ends, span, broken,
@@ -407,7 +283,7 @@ def backward(
     dt_softplus: bool,
     low: float,
     high: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Run the backward kernels.
 
     Args:
@@ -510,14 +386,7 @@ def _reduce(
     )  # fmt: skip
 
 
-forward_op = torch.library.custom_op("mamba2lm::selective_scan_forward", forward, mutates_args=())
-backward_op = torch.library.custom_op(
-    "mamba2lm::selective_scan_backward", backward, mutates_args=()
-)
-
-
-@forward_op.register_fake
-def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     b, length, d = x.shape
     n = A.shape[1]
     chunks = -(-length // config_for(x, n).chunk)
@@ -527,92 +396,8 @@ def _(x: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor, T
     return x.new_empty(b, length, d), final, states
 
 
-@backward_op.register_fake
-def _(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    initial_shape = (0,) if initial_states is None else tuple(initial_states.shape)
-    return (
-        x.new_empty(x.shape),
-        dt.new_empty(dt.shape),
-        torch.empty_like(A),
-        B.new_empty(B.shape),
-        B.new_empty(B.shape),
-        A.new_empty(0) if D is None else torch.empty_like(D),
-        x.new_empty((0,) if z is None else tuple(x.shape)),
-        A.new_empty(0) if dt_bias is None else torch.empty_like(dt_bias),
-        x.new_empty(initial_shape, dtype=torch.float32),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, dt_softplus, low, high, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.dt_softplus, ctx.low, ctx.high = dt_softplus, low, high
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(
-    run: Callable[..., tuple[Tensor, ...]], ctx: Any, dy: Tensor | None, dfinal: Tensor | None
-) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    x, D, z, dt_bias, initial = saved[0], *saved[5:9]
-    if dy is None:
-        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = run(
-        dy, dfinal, *saved, ctx.dt_softplus, ctx.low, ctx.high
-    )
-    return (
-        dx,
-        ddt,
-        dA,
-        dB,
-        dC,
-        None if D is None else dD,
-        None if z is None else dz,
-        None if dt_bias is None else dbias,
-        None if initial is None else dinitial.to(initial.dtype),
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return _gradients(backward_op, ctx, dy, dfinal)
-
-
-forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Eager(torch.autograd.Function):
-    """The same operator without the custom operator's dispatch, which eager code need not pay."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0], output[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, dy: Tensor | None, dfinal: Tensor | None
-    ) -> tuple[Any, ...]:
-        return _gradients(backward, ctx, dy, dfinal)
+_operator = ScanOperator("selective_scan", forward, _fake_forward, backward)
+forward_op, backward_op = _operator.forward_op, _operator.backward_op
 
 
 def selective_scan_triton(
@@ -666,8 +451,4 @@ def selective_scan_triton(
     )
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     arguments = (*tensors, dt_softplus, float(dt_limit[0]), float(dt_limit[1]), save)
-    if torch.compiler.is_compiling():
-        y, final, _ = forward_op(*arguments)
-    else:
-        y, final = _Eager.apply(*arguments)
-    return y, final
+    return _operator(*arguments)

@@ -11,8 +11,8 @@ nothing but the outputs reaches memory; it needs many heads to fill a GPU. *Chun
 ``states_kernel`` walks the chunks for the sake of the states alone and writes the one that enters
 each chunk; ``scan_kernel`` then treats all chunks at once.
 
-Where x need not pass through registers, the skip D x is part of the diagonal of the matrix that
-multiplies x.
+Where x does not pass through registers (DIRECT, and in the chunked schedule), the skip D x is part
+of the diagonal of the matrix that multiplies x.
 
 Decays are exponentials of differences taken where they are at most zero, masked before the
 exponential; a document boundary makes a decay 0 by comparing document ordinals.
@@ -138,6 +138,29 @@ def causal_mask(document_ptr, start, HAS_DOCUMENTS: tl.constexpr, Q: tl.constexp
 
 
 @triton.jit
+def unit_matrix(dtype: tl.constexpr, Q: tl.constexpr):
+    """Return the (q, q) unit matrix."""
+    q = tl.arange(0, Q)
+    return tl.where(q[:, None] == q[None, :], 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def weighted_columns(rows, weight, unit, DIRECT: tl.constexpr, PRECISION: tl.constexpr):
+    """Return (weight ∘ rows)ᵀ in the dtype of the rows, whose positions are its columns.
+
+    DIRECT: transposed by a product with the unit matrix, which is exact. So the rows go from memory
+    to the matrix units, loaded ahead, and come out where the next product takes its operand; else
+    they pass through registers and shared memory once more.
+    """
+    if DIRECT:
+        turned = tl.dot(tl.trans(rows), unit, input_precision=PRECISION)
+        weighted = (turned * weight[None, :]).to(rows.dtype)
+    else:
+        weighted = tl.trans((rows.to(tl.float32) * weight[:, None]).to(rows.dtype))
+    return weighted
+
+
+@triton.jit
 def store_output(
     y, y_base, pre_base, y_l, z_base, z_l, p, left, HAS_Z: tl.constexpr, Q: tl.constexpr
 ):
@@ -160,7 +183,7 @@ def fused_kernel(
     length, heads, chunks, heads_per_group,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr,
     HAS_INITIAL: tl.constexpr, Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    P_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk the chunks of one head, the state (a block of p rows) staying in registers."""
     P_BLOCKS: tl.constexpr = P // P_BLOCK
@@ -169,6 +192,7 @@ def fused_kernel(
     b = row // heads
     h = row % heads
     g = h // heads_per_group
+    q = tl.arange(0, Q)
     n = tl.arange(0, N)
     p = (pid % P_BLOCKS) * P_BLOCK + tl.arange(0, P_BLOCK)
     dtype = x_ptr.dtype.element_ty
@@ -188,6 +212,8 @@ def fused_kernel(
         state = tl.zeros((P_BLOCK, N), tl.float32)
     if HAS_D:
         D = tl.load(D_ptr + h).to(tl.float32)
+    rounded = state.to(dtype)
+    unit = unit_matrix(dtype, Q)
     total = tl.load(cum_ptr + Q - 1)
     for c in range(0, chunks):
         start = c * Q
@@ -206,11 +232,19 @@ def fused_kernel(
         allowed = causal_mask(document_ptr, start, HAS_DOCUMENTS, Q)
         exponent = tl.where(allowed, cum[:, None] - cum[None, :], float("-inf"))
         M = scores * tl.exp2(exponent) * delta[None, :]
-        y = tl.dot(C, tl.trans(state.to(dtype)), input_precision=PRECISION) * from_start[:, None]
+        if HAS_D and DIRECT:
+            M = tl.where(q[:, None] == q[None, :], M + D, M)
+        if not DIRECT:
+            rounded = state.to(dtype)
+        y = tl.dot(C, tl.trans(rounded), input_precision=PRECISION) * from_start[:, None]
         y = tl.dot(M.to(dtype), x, y, input_precision=PRECISION)
-        wx = (x.to(tl.float32) * (to_end * delta)[:, None]).to(dtype)
-        state = tl.dot(tl.trans(wx), B, state * across, input_precision=PRECISION)
-        if HAS_D:
+        wx = weighted_columns(x, to_end * delta, unit, DIRECT, PRECISION)
+        state = tl.dot(wx, B, state * across, input_precision=PRECISION)
+        if DIRECT:
+            # Here, so that this product ends before the next turn's begins: ptxas starts products
+            # one by one where one that is under way overlaps with the making of another's sum.
+            rounded = state.to(dtype)
+        elif HAS_D:
             y += D * x.to(tl.float32)
         store_output(
             y, y_ptr + wide * y_l, pre_ptr + wide * y_l, y_l, z_ptr + wide * z_l, z_l,
@@ -223,7 +257,8 @@ def fused_kernel(
 def pass_states(
     value_ptrs, value_l, key_ptrs, key_l, states_ptrs, states_c, cum_ptr, delta_ptr, document_ptr,
     state, length, chunks,
-    REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, Q: tl.constexpr, DIRECT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk the chunks for the state alone, storing it before each; return it after the last.
 
@@ -231,6 +266,7 @@ def pass_states(
     the gradient of the state that leaves a chunk.
     """
     q = tl.arange(0, Q)
+    unit = unit_matrix(value_ptrs.dtype.element_ty, Q)
     total = tl.load(cum_ptr + (chunks * Q - 1 if REVERSE else Q - 1))
     for i in range(0, chunks):
         c = chunks - 1 - i if REVERSE else i
@@ -249,8 +285,8 @@ def pass_states(
         across = decay_across(document_ptr, start, total, HAS_DOCUMENTS, Q)
         total = next_total
         weight = from_start if REVERSE else to_end * delta
-        weighted = (value.to(tl.float32) * weight[:, None]).to(key.dtype)
-        state = tl.dot(tl.trans(weighted), key, state * across, input_precision=PRECISION)
+        weighted = weighted_columns(value, weight, unit, DIRECT, PRECISION)
+        state = tl.dot(weighted, key, state * across, input_precision=PRECISION)
     return state
 
 
@@ -263,7 +299,7 @@ def states_kernel(
     BACKWARD: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     Q: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    P_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    P_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the state entering every chunk; with BACKWARD also the gradient of each one leaving.
 
@@ -295,7 +331,7 @@ def states_kernel(
             dy_ptr + b * dy_b + h * dy_h + q[:, None] * dy_l + p[None, :], dy_l,
             C_ptr + b * C_b + g * C_g + q[:, None] * C_l + n[None, :], C_l,
             dstates_ptr + states_offset + block, states_c, cum_ptr, delta_ptr, document_ptr,
-            state, length, chunks, True, HAS_DOCUMENTS, Q, PRECISION,
+            state, length, chunks, True, HAS_DOCUMENTS, Q, DIRECT, PRECISION,
         )  # fmt: skip
         if HAS_INITIAL:
             tl.store(dinitial_ptr + row * P * N + block, state)
@@ -308,7 +344,7 @@ def states_kernel(
             x_ptr + b * x_b + h * x_h + q[:, None] * x_l + p[None, :], x_l,
             B_ptr + b * B_b + g * B_g + q[:, None] * B_l + n[None, :], B_l,
             states_ptr + states_offset + block, states_c, cum_ptr, delta_ptr, document_ptr,
-            state, length, chunks, False, HAS_DOCUMENTS, Q, PRECISION,
+            state, length, chunks, False, HAS_DOCUMENTS, Q, DIRECT, PRECISION,
         )  # fmt: skip
         if not BACKWARD:
             tl.store(final_ptr + row * P * N + block, state)

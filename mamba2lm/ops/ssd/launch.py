@@ -1,8 +1,7 @@
 """Launch the SSD's Triton kernels, as PyTorch custom operators with gradients.
 
-Triton itself is imported on the first launch, so that this module imports everywhere. Which block
-sizes a launch uses is read from ``tuned/*.json``, one file per GPU generation and one entry per
-class of shapes; nothing is tuned while a program runs.
+Triton itself is imported on the first launch, so that this module imports everywhere. How a kernel
+is launched is chosen in ``config.py``.
 
 Letters: b batch, l length, h heads, p head dim, g groups, n state, c chunks, q position in chunk.
 """
@@ -10,33 +9,45 @@ Letters: b batch, l length, h heads, p head dim, g groups, n state, c chunks, q 
 from __future__ import annotations
 
 import importlib
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mamba2lm.ops.discretisation import limit_binds
-from mamba2lm.ops.kernels import (
-    Launches,
-    compute_capability,
-    no_kernels,
-    on_device,
-    signature,
-    unit_stride,
+from mamba2lm.ops.kernels import Launches, on_device, signature, unit_stride
+from mamba2lm.ops.scan_operator import Gradients, ScanOperator
+from mamba2lm.ops.ssd.config import (
+    HEAD_DIMS,
+    LARGEST_FLOAT_STATE,
+    STATES,
+    Blocks,
+    Config,
+    choose_config,
+    config_for,
+    heads_per_program,
+    override_config,
+    reason_against,
+    unsupported,
 )
 
-HEAD_DIMS = (16, 32, 64, 128)
-STATES = (16, 32, 64, 128, 256)
-
-LARGEST_FLOAT_STATE = 64 * 128
-"""Elements of the largest float32 state of which two fit in shared memory with the rest."""
+__all__ = [
+    "HEAD_DIMS",
+    "LARGEST_FLOAT_STATE",
+    "STATES",
+    "Blocks",
+    "Config",
+    "backward",
+    "choose_config",
+    "forward",
+    "heads_per_program",
+    "override_config",
+    "reason_against",
+    "ssd_triton",
+    "unsupported",
+]
 
 # Heads that one program of the two kernels for step sizes treats side by side.
 STEP_HEADS = 16
@@ -44,152 +55,6 @@ STEP_HEADS = 16
 FEW_CHUNKS = 8
 """Up to here the backward pass keeps the states of chunks in float32. The gradient of A contains
 the products <S, dS> of whole states, whose rounding only averages out over many chunks."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How one kernel is launched: what a program owns and what it runs on."""
-
-    warps: int = 4
-    stages: int = 2
-    p: int = 64
-    """Rows of the state per program, at most P (kernels that walk the chunks)."""
-    n: int = 128
-    """Columns of the state per program, at most N (``states_kernel``, ``through``)."""
-    programs: int = 528
-    """Loop over more heads per program as long as this many programs remain."""
-
-
-@dataclass(frozen=True, eq=False)
-class Config:
-    """All choices for one class of shapes; every one changes speed, none the result.
-
-    Compared by identity, which makes it a cheap part of a key.
-    """
-
-    forward_chunk: int = 64
-    chunk: int = 64
-    """Chunk of the backward pass, which recomputes all that depends on it."""
-    fused: Blocks | None = None
-    """The fused forward schedule, or None for the chunked one."""
-    states: Blocks = field(default_factory=Blocks)
-    scan: Blocks = field(default_factory=Blocks)
-    states_backward: Blocks = field(default_factory=Blocks)
-    through: Blocks = field(default_factory=Blocks)
-    within: Blocks = field(default_factory=Blocks)
-    precision: str = "ieee"
-    """How float32 products are computed, Triton's ``input_precision``."""
-
-
-def parse_config(entry: dict[str, Any]) -> Config:
-    """Build a ``Config`` from one entry of a tuned file."""
-    blocks: dict[str, Any] = {
-        name: Blocks(**value) if isinstance(value, dict) else value for name, value in entry.items()
-    }
-    return Config(**blocks)
-
-
-@lru_cache
-def tuned_file(major: int) -> list[dict[str, Any]]:
-    """Read the entries for GPUs of one compute capability, or the safe ones for unknown GPUs.
-
-    Each entry holds ``when``, bounds on a shape's ``bits`` (of the dtype), ``rows`` (b h),
-    ``length``, ``p``, ``n`` and ``state`` (p n), and ``use``, the fields of ``Config``. The first
-    entry whose bounds hold is taken.
-    """
-    folder = Path(__file__).parent / "tuned"
-    path = folder / f"sm{major}0.json"
-    return json.loads((path if path.exists() else folder / "default.json").read_text())
-
-
-@lru_cache
-def _tuned_config(major: int, index: int) -> Config:
-    return parse_config(tuned_file(major)[index]["use"])
-
-
-@lru_cache(maxsize=4096)
-def choose_config(major: int, *, bits: int, rows: int, length: int, p: int, n: int) -> Config:
-    """Choose the configuration for a shape.
-
-    Args:
-        major: Major compute capability of the GPU; 0 for none.
-        bits: Width of the compute dtype.
-        rows: Batch times heads.
-        length: Positions.
-        p: Head dim.
-        n: State size.
-    """
-    shape = {"bits": bits, "rows": rows, "length": length, "p": p, "n": n, "state": p * n}
-    for index, entry in enumerate(tuned_file(major)):
-        if all(low <= shape[name] <= high for name, (low, high) in entry["when"].items()):
-            return _tuned_config(major, index)
-    raise AssertionError("the last entry of a tuned file must accept every shape")
-
-
-_override: Config | None = None
-
-
-def override_config(config: Config | None) -> None:
-    """Use one configuration for every call until told otherwise (tests and tuning)."""
-    global _override
-    _override = config
-
-
-def config_for(x_blhp: Tensor, n: int) -> Config:
-    """Choose the configuration for a call."""
-    if _override is not None:
-        return _override
-    major = compute_capability(x_blhp.device)
-    b, length, h, p = x_blhp.shape
-    return choose_config(major, bits=x_blhp.element_size() * 8, rows=b * h, length=length, p=p, n=n)
-
-
-def unsupported(x: Tensor, B: Tensor) -> str | None:
-    """Say why the kernels cannot take these inputs, or None when they can.
-
-    Args:
-        x: Inputs, (b, l, h, p).
-        B: Input maps, (b, l, g, n).
-    """
-    if (reason := no_kernels(x)) is not None:
-        return reason
-    if x.shape[3] not in HEAD_DIMS:
-        return f"x has head dim {x.shape[3]} (axis 3); the kernels take {HEAD_DIMS}"
-    if B.shape[3] not in STATES:
-        return f"B has state size {B.shape[3]} (axis 3); the kernels take {STATES}"
-    if x.dtype != torch.float32 and x.shape[3] < 32:
-        return "Triton 3.6 compiles the kernels wrongly for head dim 16 in half precision"
-    if x.dtype == torch.float32 and x.shape[3] * B.shape[3] > LARGEST_FLOAT_STATE:
-        return f"a float32 state of {x.shape[3]} × {B.shape[3]} does not fit on a multiprocessor"
-    return None
-
-
-def reason_against(x: Tensor, B: Tensor) -> str | None:
-    """Say why ``auto`` does not take the kernels, or None: they cannot, or PyTorch is faster.
-
-    Args:
-        x: Inputs, (b, l, h, p).
-        B: Input maps, (b, l, g, n).
-    """
-    if (reason := unsupported(x, B)) is not None:
-        return reason
-    if x.dtype == torch.float32 and x.shape[3] * B.shape[3] >= LARGEST_FLOAT_STATE:
-        return f"a state of {x.shape[3]} × {B.shape[3]} in true float32 is faster in PyTorch"
-    return None
-
-
-def heads_per_program(heads_per_group: int, rows: int, programs: int) -> int:
-    """Return the largest divisor of the heads of a group that leaves enough programs.
-
-    Args:
-        heads_per_group: Heads that share B and C.
-        rows: Programs if each treated a whole group.
-        programs: How many there should be.
-    """
-    for block in range(heads_per_group, 0, -1):
-        if heads_per_group % block == 0 and rows * (heads_per_group // block) >= programs:
-            return block
-    return 1
 
 
 @lru_cache
@@ -269,7 +134,8 @@ def _states(
         length, h, c, h // B.shape[2],
         BACKWARD=backward, HAS_DOCUMENTS=document is not None, HAS_INITIAL=initial is not None,
         HAS_DFINAL=dfinal is not None,
-        Q=q, P=p, N=n, P_BLOCK=p_block, N_BLOCK=n_block, PRECISION=precision,
+        Q=q, P=p, N=n, P_BLOCK=p_block, N_BLOCK=n_block, DIRECT=blocks.direct,
+        PRECISION=precision,
         warps=blocks.warps, stages=blocks.stages,
     )  # fmt: skip
     return states, dstates
@@ -349,7 +215,8 @@ def forward(
                 y, before_gate, final, *strides, length, h, c, h // g,
                 HAS_D=D is not None, HAS_Z=z is not None, HAS_DOCUMENTS=padded is not None,
                 HAS_INITIAL=initial is not None, Q=q, P=p, N=n, P_BLOCK=p_block,
-                PRECISION=config.precision, warps=blocks.warps, stages=blocks.stages,
+                DIRECT=blocks.direct, PRECISION=config.precision,
+                warps=blocks.warps, stages=blocks.stages,
             )  # fmt: skip
             return y, final, pre
         states, _ = _states(
@@ -387,7 +254,7 @@ def backward(
     low: float,
     high: float,
     dx_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Run the backward kernels.
 
     Args:
@@ -512,37 +379,7 @@ def backward(
     return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
 
 
-def _backward_anew(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    document: Tensor | None,
-    pre: Tensor,
-    dt_softplus: bool,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the backward kernels into new tensors, the form that a custom operator may have."""
-    return backward(
-        dout, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, document, pre,
-        dt_softplus, low, high,
-    )  # fmt: skip
-
-
-forward_op = torch.library.custom_op("mamba2lm::ssd_forward", forward, mutates_args=())
-backward_op = torch.library.custom_op("mamba2lm::ssd_backward", _backward_anew, mutates_args=())
-
-
-@forward_op.register_fake
-def _(
+def _fake_forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -558,90 +395,8 @@ def _(
     return y, x.new_empty(b, h, p, B.shape[3], dtype=torch.float32), pre
 
 
-@backward_op.register_fake
-def _(
-    dout: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    initial_shape = (0,) if initial_states is None else tuple(initial_states.shape)
-    return (
-        x.new_empty(x.shape),
-        dt.new_empty(dt.shape),
-        torch.empty_like(A),
-        B.new_empty(B.shape),
-        B.new_empty(B.shape),
-        A.new_empty(0) if D is None else torch.empty_like(D),
-        x.new_empty((0,) if z is None else x.shape),
-        A.new_empty(0) if dt_bias is None else torch.empty_like(dt_bias),
-        x.new_empty(initial_shape, dtype=torch.float32),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:-3], output[2])
-    ctx.dt_softplus, ctx.low, ctx.high = inputs[-3:]
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(
-    run: Callable[..., tuple[Tensor, ...]], ctx: Any, dy: Tensor | None, dfinal: Tensor | None
-) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    x, D, z, dt_bias, initial = saved[0], *saved[5:9]
-    if dy is None:
-        dy = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = run(
-        dy, dfinal, *saved, ctx.dt_softplus, ctx.low, ctx.high
-    )
-    return (
-        dx,
-        ddt,
-        dA,
-        dB,
-        dC,
-        None if D is None else dD,
-        None if z is None else dz,
-        None if dt_bias is None else dbias,
-        None if initial is None else dinitial.to(initial.dtype),
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-def _backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    return _gradients(backward_op, ctx, dy, dfinal)
-
-
-forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _Eager(torch.autograd.Function):
-    """The same operator without the custom operator's dispatch, which eager code need not pay."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output[0], output[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, dy: Tensor | None, dfinal: Tensor | None
-    ) -> tuple[Any, ...]:
-        return _gradients(backward, ctx, dy, dfinal)
+_operator = ScanOperator("ssd", forward, _fake_forward, backward)
+forward_op, backward_op = _operator.forward_op, _operator.backward_op
 
 
 def ssd_triton(
@@ -695,8 +450,4 @@ def ssd_triton(
         float(dt_limit[0]),
         float(dt_limit[1]),
     )
-    if torch.compiler.is_compiling():
-        y, final, _ = forward_op(*arguments)
-    else:
-        y, final = _Eager.apply(*arguments)
-    return y, final
+    return _operator(*arguments)

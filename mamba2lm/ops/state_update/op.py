@@ -6,12 +6,13 @@ Letters: b batch, h heads, p head dim, g groups, d channels, n state.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mamba2lm.ops.discretisation import NO_LIMIT, check_limit, step_sizes
 from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
 from mamba2lm.ops.skip_and_gate import skip_and_gate
-from mamba2lm.ops.state_update.launch import state_step_triton, unsupported
+from mamba2lm.ops.state_update.launch import projects, state_step_triton, unsupported
 from mamba2lm.ops.state_update.reference import selective_step, ssd_step
 
 
@@ -82,9 +83,10 @@ def ssd_state_update(
     reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias)
     if choose_impl("ssd_state_update", impl, x, unsupported=reason) == "triton":
         check_limit(dt_limit)
-        return state_step_triton(
+        y, new, _ = state_step_triton(
             state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
         )  # fmt: skip
+        return y, new
     dtype = state_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         A = -torch.exp(A) if A_is_log else A
@@ -97,6 +99,60 @@ def ssd_state_update(
     return y_bhp, _kept(new_bhpn, state, in_place)
 
 
+def ssd_state_update_normed(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    z: Tensor,
+    norm: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    A_is_log: bool = False,
+    early: bool = False,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advance the SSD recurrence in place, and do of the gated RMSNorm behind it what is local.
+
+    The rest, a factor a row and group, is ``linear_step``'s ``scale``; so a layer needs no pass
+    between its recurrence and its product.
+
+    Args:
+        norm: The norm's weight, (h·p,).
+
+    Other Args: as ``ssd_state_update``.
+
+    Returns:
+        y · SiLU(z) · norm (b, h, p) in the dtype of x, and the sums of the squares of y · SiLU(z)
+        over equal parts of (h, p), in order: (b, parts), float32, the parts a multiple of h.
+
+    Raises:
+        ValueError: A tensor of the wrong shape.
+    """
+    expect_shape("norm", norm, "hp", {"hp": x.shape[1] * x.shape[2]})
+    reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias, norm)
+    if choose_impl("ssd_state_update_normed", impl, x, unsupported=reason) == "triton":
+        check_limit(dt_limit)
+        y_bhp, _, squares_bs = state_step_triton(
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, True, early,
+            norm,
+        )  # fmt: skip
+        assert squares_bs is not None
+        return y_bhp, squares_bs
+    y_bhp, _ = ssd_state_update(
+        state, x, dt, A, B, C, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
+        dt_limit=dt_limit, A_is_log=A_is_log, in_place=True, impl=impl,
+    )  # fmt: skip
+    wide_bhp = y_bhp.to(state_dtype(x))
+    squares_bh = wide_bhp.square().sum(dim=-1)
+    return (wide_bhp * norm.unflatten(0, x.shape[1:])).to(x.dtype), squares_bh.float()
+
+
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -107,6 +163,7 @@ def selective_state_update(
     *,
     D: Tensor | None = None,
     z: Tensor | None = None,
+    dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
@@ -120,12 +177,13 @@ def selective_state_update(
     Args:
         state: State before the token, (b, d, n).
         x: Input, (b, d).
-        dt: Raw step size, (b, d).
+        dt: Raw step size, (b, d); with ``dt_weight`` what it is projected from, (b, r).
         A: Negative decay rates, (d, n).
         B: Input map, (b, n).
         C: Output map, (b, n).
         D: Skip weights, (d,).
         z: Gate, (b, d).
+        dt_weight: Projection of the step size, (d, r).
         dt_bias: Bias of the step size, (d,).
         dt_softplus: Whether softplus is applied to dt + dt_bias.
         dt_limit: Smallest and largest step size Δ, honoured here as in ``selective_scan``.
@@ -146,7 +204,9 @@ def selective_state_update(
     """
     sizes: dict[str, int] = {}
     expect_shape("x", x, "b d", sizes)
-    expect_shape("dt", dt, "b d", sizes)
+    expect_shape("dt", dt, "b d" if dt_weight is None else "b r", sizes)
+    if dt_weight is not None:
+        expect_shape("dt_weight", dt_weight, "d r", sizes)
     expect_shape("A", A, "d n", sizes)
     expect_shape("B", B, "b n", sizes)
     expect_shape("C", C, "b n", sizes)
@@ -157,13 +217,17 @@ def selective_state_update(
         expect_shape("z", z, "b d", sizes)
     if dt_bias is not None:
         expect_shape("dt_bias", dt_bias, "d", sizes)
-    reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias)
+    reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias, dt_weight)
     if choose_impl("selective_state_update", impl, x, unsupported=reason) == "triton":
         check_limit(dt_limit)
-        return state_step_triton(
+        y, new, _ = state_step_triton(
             state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
+            dt_weight=dt_weight,
         )  # fmt: skip
+        return y, new
     dtype = state_dtype(x)
+    if dt_weight is not None:
+        dt = F.linear(dt, dt_weight)
     with torch.autocast(x.device.type, enabled=False):
         A = -torch.exp(A) if A_is_log else A
         delta_bd = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
@@ -172,6 +236,16 @@ def selective_state_update(
         )
         y_bd = skip_and_gate(y_bd.to(x.dtype), x, D, z)
     return y_bd, _kept(new_bdn, state, in_place)
+
+
+def projects_dt(x: Tensor, dt_weight: Tensor) -> bool:
+    """Return whether a step should leave Δ's projection to ``selective_state_update``.
+
+    Args:
+        x: Its inputs, (b, d).
+        dt_weight: (d, r).
+    """
+    return projects(x.shape[0]) and unsupported(x, x, dt_weight) is None
 
 
 def _kept(new: Tensor, state: Tensor, in_place: bool) -> Tensor:

@@ -39,13 +39,18 @@ def rate(A, LOGARITHM: tl.constexpr):
 @triton.jit(do_not_specialize=["h_size", "heads_per_group"])
 def ssd_step_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr, new_ptr,
+    norm_ptr, squares_ptr,
     state_b, x_b, dt_b, B_b, C_b, z_b, new_b, h_size, heads_per_group, low, high,
-    HAS_D: tl.constexpr, D_WIDE: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr, D_WIDE: tl.constexpr, NORMED: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOGARITHM: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     EARLY: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Advance ``BLOCK_P`` rows of the state of a head of a row."""
+    """Advance ``BLOCK_P`` rows of the state of a head of a row.
+
+    With ``NORMED`` y meets the norm's weight, and its squares before that are summed.
+    """
     BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     h = tl.program_id(0) // BLOCKS
     b = tl.cast(tl.program_id(1), tl.int64)
@@ -58,6 +63,8 @@ def ssd_step_kernel(
     if EARLY:
         state = tl.load(state_ptrs, mask=inside, other=0.0).to(tl.float32)
     A = rate(tl.load(A_ptr + h), LOGARITHM)
+    if NORMED:
+        norm = tl.load(norm_ptr + h * P + p, mask=real_p, other=0.0).to(tl.float32)
     wait_for_previous(CHAIN)
     if not EARLY:
         state = tl.load(state_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -80,6 +87,10 @@ def ssd_step_kernel(
     if HAS_Z:
         z = tl.load(z_ptr + b * z_b + h * P + p, mask=real_p, other=0.0).to(tl.float32)
         y *= z * sigmoid(z)
+    if NORMED:
+        place = b * (h_size * BLOCKS) + tl.program_id(0)
+        tl.store(squares_ptr + place, tl.sum(tl.where(real_p, y * y, 0.0), axis=0))
+        y *= norm
     y_ptrs = y_ptr + (b * h_size + h) * P + p
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=real_p)
 
@@ -87,13 +98,18 @@ def ssd_step_kernel(
 @triton.jit(do_not_specialize=["d_size"])
 def selective_step_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr, new_ptr,
+    weight_ptr,
     state_b, x_b, dt_b, B_b, C_b, z_b, new_b, d_size, low, high,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOGARITHM: tl.constexpr,
+    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     EARLY: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Advance ``BLOCK_D`` channels of a row."""
+    """Advance ``BLOCK_D`` channels of a row.
+
+    With ``RANK`` numbers a row in place of Δ each program projects its own channels' from them.
+    """
     b = tl.cast(tl.program_id(1), tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
@@ -104,10 +120,18 @@ def selective_step_kernel(
     if EARLY:
         state = tl.load(state_ptrs, mask=inside, other=0.0).to(tl.float32)
     A = rate(tl.load(A_ptr + place, mask=inside, other=0.0), LOGARITHM)
+    if RANK > 0:
+        r = tl.arange(0, BLOCK_R)
+        weight_ptrs = weight_ptr + d[:, None] * RANK + r[None, :]
+        weight = tl.load(weight_ptrs, mask=real_d[:, None] & (r < RANK)[None, :], other=0.0)
     wait_for_previous(CHAIN)
     if not EARLY:
         state = tl.load(state_ptrs, mask=inside, other=0.0).to(tl.float32)
-    dt = tl.load(dt_ptr + b * dt_b + d, mask=real_d, other=0.0).to(tl.float32)
+    if RANK > 0:
+        low_rank = tl.load(dt_ptr + b * dt_b + r, mask=r < RANK, other=0.0).to(tl.float32)
+        dt = tl.sum(weight.to(tl.float32) * low_rank[None, :], axis=1)
+    else:
+        dt = tl.load(dt_ptr + b * dt_b + d, mask=real_d, other=0.0).to(tl.float32)
     if HAS_BIAS:
         dt += tl.load(bias_ptr + d, mask=real_d, other=0.0).to(tl.float32)
     step = step_size(dt, low, high, SOFTPLUS, CLAMP)

@@ -1,0 +1,289 @@
+"""Serve streaming clients of mixed lengths and compare with the same requests offline.
+
+    python -m benchmarks.serving --preset mamba2_130m --out results.json     on a GPU
+    python -m benchmarks.serving --step-ms 0.93 --out results.json           anywhere
+
+With ``--step-ms`` a stand-in for the model draws tokens at that pace and leaves the processor
+alone, as a GPU does: what is then measured is the server. Clients are processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers
+
+from mamba2lm.data import Tokenizer
+from mamba2lm.data.tokenizer import END_OF_TEXT, byte_characters
+from mamba2lm.inference import Engine, Request, SamplingConfig
+from mamba2lm.inference.batch import Batch, DrawnTokens, Flight, Slot
+from mamba2lm.inference.config import ServeConfig
+from mamba2lm.inference.prefill import Prefill
+from mamba2lm.inference.request import Job
+from mamba2lm.inference.sampling import Drawn
+from mamba2lm.inference.server import http_server, listen
+from mamba2lm.models import LanguageModel, ModelConfig, ModelState
+from mamba2lm.schema import from_mapping
+
+log = logging.getLogger(__name__)
+
+VOCAB_SIZE = 50_277
+GREEDY = SamplingConfig(temperature=0.0)
+_SHOWN = (
+    "new_tokens_per_second", "first_token_p50", "first_token_p99", "delivery_gap_p50",
+    "delivery_gap_p99",
+)  # fmt: skip
+
+
+def wordy_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """Return a byte-level tokenizer of so many ids, each of which has text: a blank and letters."""
+    characters = byte_characters()
+    tokens = [characters[value] for value in range(256)]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    blank = characters[ord(" ")]
+    tokens += [blank + a + b + c + d for a in "aeio" for b in letters for c in letters
+               for d in letters][: vocab_size - 257]  # fmt: skip
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(inner, END_OF_TEXT)
+
+
+class PacedFlight(Flight):
+    """Tokens that arrive at a set time."""
+
+    due: float
+
+    def tokens(self) -> list[DrawnTokens]:
+        """Wait until they would have come from a GPU."""
+        if (left := self.due - time.perf_counter()) > 0:
+            time.sleep(left)
+        return super().tokens()
+
+
+class PacedBatch(Batch):
+    """A batch whose steps take a set time and nothing of the processor."""
+
+    seconds = 0.0
+    _free_at = 0.0
+
+    def join(
+        self, slots: Sequence[Slot], states: Sequence[ModelState], logits_bv: torch.Tensor
+    ) -> Flight:
+        """Add rows and draw their first tokens in the time of a step."""
+        self.slots += slots
+        return self._flight(1, slots)
+
+    def launch(self, count: int = 1) -> Flight:
+        """Draw random tokens, as many as the rows' steps would."""
+        return self._flight(count, self.slots)
+
+    def leave(self, indices: Collection[int]) -> None:
+        """Remove rows."""
+        for index in sorted(indices, reverse=True):
+            last = self.slots.pop()
+            if index < len(self.slots):
+                self.slots[index] = last
+
+    def _flight(self, count: int, slots: Sequence[Slot]) -> Flight:
+        token_tb = torch.randint(300, VOCAB_SIZE - 300, (count, len(slots)))
+        drawn = [Drawn(token_b.clone(), None, None, None) for token_b in token_tb]
+        flight = PacedFlight(drawn, slots)
+        flight.due = max(time.perf_counter(), self._free_at) + count * self.seconds
+        self._free_at = flight.due
+        for slot in slots:
+            slot.tokens += count
+            slot.left -= count
+        return flight
+
+
+class PacedPrefill(Prefill):
+    """Prompts that are read in no time."""
+
+    def advance(self) -> list[Job]:
+        """Read all there are."""
+        jobs, self.jobs = list(self.jobs), deque()
+        for job in jobs:
+            job.read, job.logits_v = self._model.new_state(0), torch.zeros(1)
+        return jobs
+
+
+class PacedEngine(Engine):
+    """An engine on such a batch, whose prompts take next to no time."""
+
+    def __init__(self, step_ms: float, rows: int) -> None:
+        values = {
+            "vocab_size": VOCAB_SIZE, "d_model": 8, "pattern": "M",
+            "mixers": {"M": {"type": "mamba2", "d_state": 8, "headdim": 8}},
+        }  # fmt: skip
+        model = LanguageModel(from_mapping(ModelConfig, values, "model")).eval()
+        super().__init__(model, wordy_tokenizer(), max_rows=rows, sync_every=8)
+        self.batch = PacedBatch(model, rows)
+        self.batch.seconds = step_ms / 1e3
+        self._overlap = True  # as on a GPU
+        self._prefill = PacedPrefill(model, self.cache, self.stats, chunk=2048, fail=self._fail)
+
+
+def asked_for(count: int, longest: int) -> list[dict[str, Any]]:
+    """Return requests of 16 to 400 prompt tokens and 16 to ``longest`` new, always the same."""
+    torch.manual_seed(0)
+    return [
+        {
+            "prompt": torch.randint(0, VOCAB_SIZE, (prompt,)).tolist(),
+            "max_tokens": new, "temperature": 0, "ignore_eos": True,
+        }
+        for prompt, new in zip(
+            torch.randint(16, 400, (count,)).tolist(),
+            torch.randint(16, longest, (count,)).tolist(),
+            strict=True,
+        )
+    ]  # fmt: skip
+
+
+def offline(engine: Engine, requests: Sequence[dict[str, Any]]) -> float:
+    """Return the tokens a second that the engine makes of all requests, nothing streamed."""
+    jobs = [
+        engine.submit(Request(one["prompt"], GREEDY, one["max_tokens"], ignore_eos=True))
+        for one in requests
+    ]
+    began = time.perf_counter()
+    engine.run(jobs)
+    return sum(one["max_tokens"] for one in requests) / (time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def served(engine: Engine) -> Iterator[int]:
+    """Serve an engine from a thread; gives the port."""
+    config = ServeConfig(checkpoint="none", port=0, state_cache_mib=0, max_waiting=1000)
+    http = http_server(config, engine, "benchmark")
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(0.0005)  # as the server's command does
+    with listen(config) as sock:
+        thread = threading.Thread(target=http.run, kwargs={"sockets": [sock]})
+        thread.start()
+        try:
+            while not http.started:
+                time.sleep(0.01)
+            yield sock.getsockname()[1]
+        finally:
+            http.handle_exit(signal.SIGTERM, None)
+            thread.join()
+            sys.setswitchinterval(switch)
+
+
+def streamed(
+    engine: Engine, requests: Sequence[dict[str, Any]], clients: int, processes: int
+) -> dict[str, float]:
+    """Return what the clients report, and the processor's time that the server took a token."""
+    with served(engine) as port:
+        command = [sys.executable, str(Path(__file__).with_name("clients.py"))]
+        running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                    text=True) for _ in range(processes)]  # fmt: skip
+        used = time.process_time()
+        outputs: list[str] = [""] * processes
+
+        def ask(i: int) -> None:
+            mine = {"port": port, "clients": clients // processes,
+                    "requests": requests[i::processes]}  # fmt: skip
+            outputs[i], _ = running[i].communicate(json.dumps(mine))
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(processes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        used = time.process_time() - used
+    if any(process.returncode for process in running):
+        raise RuntimeError("a process of clients has failed")
+    found = [json.loads(output) for output in outputs]
+    tokens, seconds = sum(f["new_tokens"] for f in found), max(f["seconds"] for f in found)
+    deliveries = sum(f["deliveries"] for f in found)
+    return {
+        "seconds": seconds,
+        "new_tokens": tokens,
+        **{name: max(f[name] for f in found) for name in _SHOWN},
+        "new_tokens_per_second": tokens / seconds,
+        "server_us_per_token": used / tokens * 1e6,
+        "tokens_per_delivery": tokens / deliveries,
+    }
+
+
+def compare(
+    engine: Engine, *, clients: int, requests: int, processes: int, longest: int
+) -> dict[str, Any]:
+    """Run the requests offline, then streamed."""
+    asked = asked_for(requests, longest)
+    offline(engine, asked[:80])  # compiles
+    used = time.process_time()
+    alone = offline(engine, asked)
+    used = time.process_time() - used
+    found = streamed(engine, asked, clients, processes)
+    return {
+        "clients": clients,
+        "requests": requests,
+        "longest": longest,
+        **{name: round(value, 5) for name, value in found.items()},
+        "offline_tokens_per_second": round(alone),
+        "offline_us_per_token": round(used / found["new_tokens"] * 1e6, 3),
+        "share_of_offline": round(found["new_tokens_per_second"] / alone, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--preset", help="a model with random weights, on the GPU")
+    parser.add_argument("--state-dtype", default="auto")
+    parser.add_argument("--step-ms", type=float, help="a stand-in that takes so long a step")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--longest", type=int, default=400, help="most new tokens of a request")
+    parser.add_argument("--processes", type=int, default=2, help="that the clients run in")
+    options = parser.parse_args()
+    if (options.preset is None) == (options.step_ms is None):
+        parser.error("give one of --preset and --step-ms")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    if options.preset is not None:
+        from benchmarks.generation import build, commit
+
+        engine = Engine(
+            build(options.preset, "cuda"), wordy_tokenizer(), max_rows=options.clients,
+            state_dtype=options.state_dtype,
+        )  # fmt: skip
+        about |= {"preset": options.preset, "state": options.state_dtype, "commit": commit(),
+                  "device": torch.cuda.get_device_name()}  # fmt: skip
+    else:
+        engine = PacedEngine(options.step_ms, options.clients)
+        about |= {"step_ms": options.step_ms}
+    entry = about | compare(
+        engine,
+        clients=options.clients,
+        requests=options.requests,
+        processes=options.processes,
+        longest=options.longest,
+    )
+    log.info("%s", entry)
+    results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else []
+    options.out.write_text(json.dumps([*results, entry], indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

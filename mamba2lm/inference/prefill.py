@@ -1,0 +1,210 @@
+"""Reading prompts, some tokens at a time between two steps of the rows that decode.
+
+On a CPU nothing is padded, and where a prompt is cut into chunks depends on that prompt alone (and
+on what the state cache holds); a GPU, where a small pass takes as long as a larger one, reads
+prompts together.
+
+Axes: b batch row, l length, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mamba2lm.inference.decoding import TokenLogprob
+from mamba2lm.inference.request import EngineStats, Job
+from mamba2lm.inference.state_cache import StateCache
+from mamba2lm.models import LanguageModel, ModelState
+
+# Prompts being read from which on unequal ones are read together, where that pays.
+_CROWD = 4
+# Logits of this many prompt positions are held at once where their probabilities are asked for.
+_SCORED_CHUNK = 256
+
+
+class Prefill:
+    """Prompts on their way from ids to states."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: StateCache,
+        stats: EngineStats,
+        *,
+        chunk: int,
+        fail: Callable[[Job, Exception], None],
+    ) -> None:
+        """Start with none.
+
+        Args:
+            model: On its device.
+            cache: Where prompts may be found, and are put.
+            stats: Counts what is read and found.
+            chunk: Most tokens read by one ``advance``.
+            fail: Called with a job whose prompt cannot be read; it is out already.
+        """
+        self.jobs: deque[Job] = deque()
+        self.chunk = chunk
+        self._model = model
+        self._device = model.embedding.weight.device
+        self._cache = cache
+        self._stats = stats
+        self._fail = fail
+        # Reading prompts together fills a GPU. A CPU gains nothing, and keeps its promise that not
+        # a bit of a row depends on another.
+        self._together = self._device.type == "cuda"
+        # What stands before a shorter prompt would stay in an attention cache.
+        self._padless = any(not block.mixer.constant_state for block in model.blocks)
+        self._passes = 0
+
+    def add(self, job: Job) -> None:
+        """Take a job, from where the cache knows its prompt."""
+        request, cuts = job.request, {len(job.request.prompt_ids)}
+        if request.state is None and not request.prompt_logprobs and self._cache.budget:
+            found = self._cache.find(request.prompt_ids)
+            job.read, job.logits_v = found.state, found.logits_v
+            job.position = job.cached_tokens = found.length
+            self._stats.cached_tokens += found.length
+            shared = self._cache.shared(request.prompt_ids)
+            if shared > found.length:
+                cuts.add(shared)
+        job.cuts = sorted(cuts)
+        self.jobs.append(job)
+
+    def advance(self) -> list[Job]:
+        """Read at most ``chunk`` tokens; return the jobs whose prompts have been read."""
+        budget = self.chunk
+        # A prompt that was found whole costs nothing.
+        ready = [job for job in self.jobs if job.logits_v is not None]
+        self.jobs = deque(job for job in self.jobs if job.logits_v is None)
+        while self.jobs:
+            group, length = self._next_group(budget)
+            if length > budget:
+                break
+            budget -= length * len(group)
+            for job in group:
+                self.jobs.remove(job)
+            for job in self._read_chunk(group, length):
+                if job.position == len(job.request.prompt_ids):
+                    ready.append(job)
+                else:
+                    self.jobs.append(job)
+        return ready
+
+    def _next_group(self, budget: int) -> tuple[list[Job], int]:
+        """Return which jobs read how many tokens next, within the budget if that is possible.
+
+        Jobs take turns. Where reading together pays, whole new prompts are read in one pass, behind
+        a stretch that is no part of them where they are unequal; then jobs with the same number of
+        tokens to read; in a crowd all numbers are powers of two and the smallest go first, so that
+        any number of unequal prompts takes a few passes. Every fourth pass is the next one's in
+        turn.
+        """
+        whole, longest = self._whole_prompts(budget)
+        if len(whole) > 1:
+            return whole, longest
+        crowd = self._together and len(self.jobs) >= _CROWD
+        head = self.jobs[0]
+        self._passes += 1
+        if crowd and self._passes % 4:
+            head = min(self.jobs, key=lambda job: self._next_length(job, crowd))
+        length = self._next_length(head, crowd)
+        if not self._together:
+            return [head], length
+        group = [job for job in self.jobs if self._next_length(job, crowd) == length]
+        return group[: max(budget // length, 1)], length
+
+    def _whole_prompts(self, budget: int) -> tuple[list[Job], int]:
+        """Return new prompts that one pass of rows as long as the longest may read to their ends.
+
+        At most half of such a pass is lost. An attention cache would keep what is lost.
+        """
+        group: list[Job] = []
+        longest = total = 0
+        if not self._together or self._padless:
+            return group, longest
+        for job in self.jobs:
+            length = len(job.request.prompt_ids)
+            new = job.position == 0 and job.read is None and job.cuts == [length]
+            if not new or job.request.prompt_logprobs:
+                continue
+            longer = max(longest, length)
+            padded = (len(group) + 1) * longer
+            if padded <= min(budget, 2 * (total + length)):
+                group.append(job)
+                longest, total = longer, total + length
+        return group, longest
+
+    def _next_length(self, job: Job, crowd: bool) -> int:
+        """Return how many tokens a job reads next; without a crowd its prompt alone decides."""
+        most = self.chunk
+        if job.request.prompt_logprobs:
+            most = min(most, _SCORED_CHUNK)
+        left = next(cut for cut in job.cuts if cut > job.position) - job.position
+        if crowd:
+            return min(left & -left, 1 << (most.bit_length() - 1))
+        return min(most, left)
+
+    def _read_chunk(self, group: list[Job], length: int) -> list[Job]:
+        """Read the next chunk of each job, together; return those it worked for."""
+        try:
+            self._forward(group, length)
+        except Exception as error:
+            if len(group) == 1:
+                self._fail(group[0], error)
+                return []
+            # One of them may be at fault; the others must not suffer.
+            return [job for alone in group for job in self._read_chunk([alone], length)]
+        for job in group:
+            read = min(length, len(job.request.prompt_ids) - job.position)
+            job.position += read
+            self._stats.prompt_tokens += read
+            if job.request.state is None and job.position in job.cuts and self._cache.budget:
+                assert job.read is not None
+                ids = job.request.prompt_ids[: job.position]
+                whole = job.position == len(job.request.prompt_ids)
+                self._cache.put(ids, job.read, job.logits_v if whole else None)
+        return group
+
+    @torch.inference_mode()
+    def _forward(self, group: list[Job], length: int) -> None:
+        chunks = [job.request.prompt_ids[job.position : job.position + length] for job in group]
+        # What is shorter ends with the others, behind a document that is forgotten where it begins.
+        missing = [length - len(chunk) for chunk in chunks]
+        rows = [[0] * n + list(chunk) for n, chunk in zip(missing, chunks, strict=True)]
+        ids_bl = torch.tensor(rows, device=self._device)
+        seq_idx_bl = None
+        if any(missing):
+            begins = torch.tensor(missing, device=self._device)
+            seq_idx_bl = (torch.arange(length, device=self._device) >= begins[:, None]).long()
+        states = [job.read or self._model.new_state(1) for job in group]
+        state = states[0] if len(group) == 1 else ModelState.concat(states)
+        scored = any(job.request.prompt_logprobs for job in group)
+        output = self._model(ids_bl, seq_idx=seq_idx_bl, state=state, last_only=not scored)
+        assert output.logits is not None
+        assert output.state is not None
+        for i, job in enumerate(group):
+            last = job.position + len(chunks[i]) == len(job.request.prompt_ids)
+            if job.request.prompt_logprobs:
+                self._score(job, output.logits[i], last)
+            job.read = output.state if len(group) == 1 else output.state.rows([i])
+            # A copy: a view would hold on to the logits of the whole chunk.
+            job.logits_v = output.logits[i, -1].clone() if last else None
+
+    def _score(self, job: Job, logits_lv: Tensor, last: bool) -> None:
+        """Note the log-probabilities that a chunk's logits give the tokens after it."""
+        start = job.position + 1
+        following = job.request.prompt_ids[start : start + logits_lv.shape[0]]
+        logprob_lv = logits_lv[: len(following)].log_softmax(dim=-1)
+        count = job.request.logprobs or 0
+        index_l1 = torch.tensor(list(following), device=self._device)[:, None]
+        chosen = logprob_lv.gather(1, index_l1)[:, 0].tolist() if following else []
+        top = logprob_lv.topk(min(count, logprob_lv.shape[1]), dim=-1)
+        tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        for token, logprob, (ids, values) in zip(following, chosen, tops, strict=True):
+            pairs = list(zip(ids, values, strict=True))
+            job.prompt_logprobs.append(TokenLogprob(token, logprob, pairs))
