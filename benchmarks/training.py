@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import lzma
 import statistics
@@ -382,6 +383,7 @@ def time_models(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        gc.collect()
         torch.cuda.empty_cache()
 
 
