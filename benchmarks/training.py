@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import lzma
 import statistics
@@ -213,6 +214,17 @@ class Interval:
     name: str
 
 
+def device_kernels(profile: torch.profiler.profile) -> list[Interval]:
+    """Return what ran on the GPU under a profiler: kernels, copies and fills."""
+    assert profile.profiler is not None
+    # Not profile.events(), which takes long for the kernels of several steps.
+    return [
+        Interval(e.start_ns() / 1e3, (e.start_ns() + e.duration_ns()) / 1e3, e.name())
+        for e in profile.profiler.kineto_results.events()
+        if e.device_type() == torch.autograd.DeviceType.CUDA
+    ]
+
+
 def gaps(kernels_run: list[Interval]) -> list[tuple[float, str, str]]:
     """Return when no kernel ran, in order: microseconds, the kernel before, the kernel after."""
     found = []
@@ -293,22 +305,21 @@ def measure(
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(PROFILED):
             step()
-    events = [e for e in profile.key_averages() if e.self_device_time_total > 0]
-    times = {event.key: event.self_device_time_total / 1e3 / PROFILED for event in events}
+    kernels_run = device_kernels(profile)
+    times: dict[str, tuple[float, float]] = {}
+    for kernel in kernels_run:
+        ms, count = times.get(kernel.name, (0.0, 0.0))
+        taken = (kernel.end - kernel.begin) / 1e3 / PROFILED
+        times[kernel.name] = ms + taken, count + 1 / PROFILED
     groups: dict[str, float] = {}
-    for kernel, ms in times.items():
-        groups[group_of(kernel)] = groups.get(group_of(kernel), 0.0) + ms
+    for name_of_kernel, (ms, _) in times.items():
+        group = group_of(name_of_kernel)
+        groups[group] = groups.get(group, 0.0) + ms
     second = statistics.median(seconds)
-    found = gaps(
-        [
-            Interval(e.time_range.start, e.time_range.end, e.name)
-            for e in profile.events() or ()
-            if e.device_type == torch.autograd.DeviceType.CUDA
-        ]
-    )
+    found = gaps(kernels_run)
     groups["idle"] = sum(micros for micros, _, _ in found) / 1e3 / PROFILED
     tokens = batch * length
-    largest = sorted(events, key=lambda e: -e.self_device_time_total)[:24]
+    largest = sorted(times.items(), key=lambda item: -item[1][0])[:24]
     return {
         "model": name,
         "parameters": subject.parameter_count(),
@@ -324,11 +335,9 @@ def measure(
         "mfu": 3 * subject.flops_per_token * tokens / second / peak,
         "mfu_6n": 6 * subject.parameter_count() * tokens / second / peak,
         "peak_memory_gib": memory / 2**30,
-        "launches": sum(event.count for event in events) // PROFILED,
+        "launches": len(kernels_run) // PROFILED,
         "groups_ms": dict(sorted(groups.items(), key=lambda item: -item[1])),
-        "largest_kernels_ms": {
-            short_name(event.key): [times[event.key], event.count / PROFILED] for event in largest
-        },
+        "largest_kernels_ms": {short_name(kernel): list(taken) for kernel, taken in largest},
         "longest_gaps_ms": longest_gaps(found, PROFILED),
     }
 
@@ -374,6 +383,7 @@ def time_models(arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        gc.collect()
         torch.cuda.empty_cache()
 
 

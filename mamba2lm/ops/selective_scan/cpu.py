@@ -22,7 +22,6 @@ from mamba2lm.ops.dispatch import state_dtype
 BLOCK_ELEMENTS = 1_048_576
 
 
-@torch.compiler.disable()  # a loop over time, which would be unrolled
 def selective_scan_cpu(
     x_bld: Tensor,
     dt_bld: Tensor,
@@ -41,7 +40,7 @@ def selective_scan_cpu(
     dtype = state_dtype(x_bld)
     if initial_states_bdn is None:
         initial_states_bdn = torch.zeros(b, d, A_dn.shape[1], dtype=dtype, device=x_bld.device)
-    y_bld, state_bdn = _SelectiveScan.apply(
+    y_bld, state_bdn = _apply(
         x_bld.to(dtype),
         dt_bld,
         A_dn.to(dtype),
@@ -150,3 +149,7 @@ class _SelectiveScan(torch.autograd.Function):
             dstate_bdn,
             None,
         )
+
+
+# Outside what torch.compile traces: it would unroll the loop over time.
+_apply: Any = torch.compiler.disable(_SelectiveScan.apply)
