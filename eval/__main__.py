@@ -13,8 +13,7 @@ from eval.config import EvalConfig
 from eval.result import TaskResult
 from eval.tasks import run_task
 from mamba2lm.cli import script
-from mamba2lm.inference import load_run
-from mamba2lm.models.checkpoint import resolve
+from mamba2lm.inference import find_model, load_run
 from mamba2lm.schema import ConfigError
 
 log = logging.getLogger("eval")
@@ -30,7 +29,7 @@ def main(config: EvalConfig) -> None:
     paths = config.checkpoints or [str(config.checkpoint)]
     # Found before anything is evaluated: a wrong path costs no time.
     key = "checkpoints" if config.checkpoints else "checkpoint"
-    folders = [resolve(path, key) for path in paths]
+    folders = [find_model(path, key) for path in paths]
     report_folder = config.report or ("eval-report" if config.checkpoints else None)
     if report_folder is not None and Path(report_folder).is_file():
         raise ConfigError("report", report_folder, "is a file; give a folder.")

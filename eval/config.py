@@ -326,7 +326,8 @@ class EvalConfig:
     """Everything ``python -m eval`` takes."""
 
     checkpoint: str | None = None
-    """A run folder (its newest valid checkpoint) or one checkpoint."""
+    """A run folder (its newest valid checkpoint), one checkpoint, a model's folder of transformers
+    or mamba-ssm, or its name on the hub."""
     checkpoints: list[str] = field(default_factory=list)
     """Several of them, to be compared in one report."""
     tasks: list[str] = field(default_factory=lambda: ["perplexity"])

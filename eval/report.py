@@ -194,6 +194,9 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     names = []
     for folder in folders:
         folder = folder.resolve()
+        if (name := hub_name(folder)) is not None:
+            names.append(name)
+            continue
         run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
         step = step_of(folder)
         names.append(run.name if step is None else f"{run.name} at {step}")
@@ -206,7 +209,8 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 def default_output(checkpoint: Path) -> Path:
     """Return a new file name in the run's folder, or beside a checkpoint that is in no run.
 
-    The checkpoint's own folder is hashed and never written to.
+    The checkpoint's own folder is hashed and never written to. Of a model that came from the hub
+    it is the current folder.
     """
     checkpoint = checkpoint.resolve()
     folder = checkpoint.parent
@@ -214,11 +218,21 @@ def default_output(checkpoint: Path) -> Path:
         folder = folder.parent
     step = step_of(checkpoint)
     stem = f"eval-{checkpoint.name if step is None else step}"
+    if (name := hub_name(checkpoint)) is not None:
+        folder, stem = Path.cwd(), f"eval-{name.replace('/', '--')}"
     path, number = folder / f"{stem}.json", 1
     while path.exists():
         number += 1
         path = folder / f"{stem}.{number}.json"
     return path
+
+
+def hub_name(folder: Path) -> str | None:
+    """Return the name on the hub of a folder in the hub's cache, None elsewhere."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/", 1)
 
 
 def step_of(checkpoint: Path) -> int | None:

@@ -3,7 +3,7 @@
 from mamba2lm.inference.config import GenerateConfig
 from mamba2lm.inference.decoding import Completion, TokenLogprob
 from mamba2lm.inference.engine import Engine
-from mamba2lm.inference.loading import LoadedRun, load_run
+from mamba2lm.inference.loading import LoadedRun, find_model, load_run
 from mamba2lm.inference.request import Event, Job, Request
 from mamba2lm.inference.sampling import SamplingConfig
 from mamba2lm.inference.session import Session
@@ -19,5 +19,6 @@ __all__ = [
     "SamplingConfig",
     "Session",
     "TokenLogprob",
+    "find_model",
     "load_run",
 ]

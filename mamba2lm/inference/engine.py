@@ -365,7 +365,7 @@ class Engine:
             self.stats.steps += count
             if overlapped:
                 self._retire()
-        self._hear(1 if overlapped and self.batch.slots else 0)
+        self._hear(1 if overlapped else 0)
 
     def _retire(self) -> None:
         """Take rows out that end with what is on its way, whatever it is."""
@@ -402,8 +402,8 @@ class Engine:
         return count
 
     def _hear(self, keep: int) -> None:
-        """Take in what was drawn, all but the last ``keep`` flights."""
-        while len(self._flights) > keep:
+        """Take in what was drawn, all but the last ``keep`` flights while there are rows."""
+        while len(self._flights) > (keep if self.batch.slots else 0):
             flight = self._flights.popleft()
             try:
                 drawn = flight.tokens()

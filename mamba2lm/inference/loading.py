@@ -103,6 +103,20 @@ def load_run(
     return LoadedRun(model, tokenizer, folder, config)
 
 
+def find_model(path: str | Path, key: str) -> Path:
+    """Return the folder that ``load_run`` would read, downloaded if need be.
+
+    Args:
+        path: As for ``load_run``.
+        key: Config key that held the path, for errors.
+
+    Raises:
+        ConfigError: Nothing usable at the path.
+    """
+    foreign = find_folder(path, key)
+    return resolve(path, key) if foreign is None else foreign
+
+
 def choose_device(device: str) -> torch.device:
     """Return the device that a config means.
 

@@ -153,4 +153,6 @@ def test_output_is_never_inside_a_checkpoint_nor_over_another(tmp_path: Path) ->
     (tmp_path / "run" / "eval-120.json").write_text("{}")
     assert default_output(checkpoint) == tmp_path / "run" / "eval-120.2.json"
     assert default_output(alone) == tmp_path / "eval-downloaded.json"
+    downloaded = tmp_path / "models--team--tiny" / "snapshots" / "0123abcd"
+    assert default_output(downloaded) == Path.cwd() / "eval-team--tiny.json"
     assert step_of(alone) is None

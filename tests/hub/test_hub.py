@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from eval.__main__ import main as evaluate
 from mamba2lm.hub.export import ExportConfig, export
 from mamba2lm.hub.load import LoadConfig, load
 from mamba2lm.hub.push import check_login, push
@@ -76,6 +78,26 @@ def test_push_break_off_push_again_and_load_by_name(tmp_path: Path, hub: StandIn
     load(LoadConfig(source="team/tiny", output=str(tmp_path / "again")))
     assert load_run(tmp_path / "again").fingerprint == load_run(tmp_path / "run").fingerprint
     assert load_run("team/tiny").fingerprint == load_run(tmp_path / "run").fingerprint
+
+
+def test_a_model_of_the_hub_or_of_transformers_is_evaluated(
+    tmp_path: Path, hub: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_export(tmp_path)
+    hub.repositories["team/tiny"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.private["team/tiny"] = False
+    (tmp_path / "text.txt").write_text("It was then disclosed in the following manner.")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["perplexity.sources=[text.txt]", "device=cpu", "dtype=float32"]
+    monkeypatch.setattr(sys, "argv", ["eval", "checkpoints=[team/tiny,out,run]", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        evaluate()
+    assert ended.value.code in (None, 0)
+    written = [tmp_path / "eval-team--tiny.json", tmp_path / "eval-out.json"]
+    written.append(next((tmp_path / "run").rglob("eval-*.json"), tmp_path / "eval-run.json"))
+    losses = [json.loads(path.read_text())["results"]["perplexity"] for path in written]
+    assert losses[0] == losses[1] == losses[2]
+    assert "team/tiny" in (tmp_path / "eval-report" / "report.md").read_text()
 
 
 def test_a_bin_is_fetched_only_where_there_are_no_safetensors(tmp_path: Path, hub: StandIn) -> None:

@@ -598,6 +598,19 @@ def test_random_requests_are_what_each_is_alone(
     assert states_alive() <= before
 
 
+def test_nothing_is_left_on_its_way_when_all_rows_stop_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = engine("MM", sync_every=1)
+    prompt = built.prompt_ids(PROMPTS[0])
+    drawn = tokens_of(alone(built, Request(prompt, GREEDY, 6)))[0]
+    built._overlap = True
+    monkeypatch.setattr("mamba2lm.inference.engine._OVERLAPPED", 2)
+    sampling = SamplingConfig(temperature=0.0, stop_token_ids=[drawn[3]])
+    job = alone(built, Request(prompt, sampling, 6, [0, 1]))
+    assert tokens_of(job) == [drawn[: drawn.index(drawn[3])]] * 2
+
+
 def test_misuse_is_refused() -> None:
     built = engine("MM", max_rows=3)
     with pytest.raises(ConfigError, match=r"^max_new_tokens=-1: "):
