@@ -23,7 +23,6 @@ import importlib.util
 import json
 import logging
 import statistics
-import subprocess
 import sys
 import time
 import types
@@ -33,16 +32,16 @@ from typing import Any
 
 import torch
 
+from benchmarks import measure
+from eval.report import git_commit
 from mamba2lm import ops
 from mamba2lm.data import Tokenizer
 from mamba2lm.inference import Engine, Request, SamplingConfig, load_run
 from mamba2lm.inference.batch import Batch, Slot
-from mamba2lm.models import LanguageModel, ModelConfig, ModelState
-from mamba2lm.schema import from_mapping
+from mamba2lm.models import LanguageModel, ModelState
 
 log = logging.getLogger(__name__)
 
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
 VOCAB_SIZE = 50_277
 STRIDE = 8
 GREEDY = SamplingConfig(temperature=0.0)
@@ -74,12 +73,7 @@ CONTEXTS = {
 
 def build(preset: str, device: str, dtype: torch.dtype = torch.bfloat16) -> LanguageModel:
     """Return a preset's model with random weights, on the device in the dtype."""
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{preset}.yaml"))
-    assert isinstance(values, dict)
-    values = {str(k): v for k, v in values.items() if k != "defaults"}
-    config = from_mapping(ModelConfig, {**values, "vocab_size": VOCAB_SIZE}, "model")
+    config = measure.preset(preset, [f"++vocab_size={VOCAB_SIZE}"])
     with torch.device("meta"):
         model = LanguageModel(config)
     model.materialize(device).init_weights(0)
@@ -551,12 +545,6 @@ CASES: dict[str, Callable[[Models, list[str]], Iterator[dict[str, Any]]]] = {
 }
 
 
-def commit() -> str:
-    """Return the commit that was timed, where there is a repository."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("cases", nargs="+", choices=[*CASES, "states", "plot"])
@@ -586,7 +574,7 @@ def main() -> None:
         results["device"] = (
             torch.cuda.get_device_name() if options.device == "cuda" else options.device
         )
-        results["torch"], results["commit"] = torch.__version__, commit()
+        results["torch"], results["commit"] = torch.__version__, git_commit()
         results["date"] = time.strftime("%Y-%m-%d")
         # What is timed again replaces what was timed before.
         results[case] = [

@@ -17,9 +17,7 @@ import importlib.util
 import json
 import math
 import multiprocessing
-import statistics
 import sys
-import time
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,6 +29,19 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.measure import (
+    COPY_BANDWIDTH,
+    FLOAT_LIMIT,
+    HALF_LIMIT,
+    environment,
+    errors,
+    kernel_times,
+    need_gpu,
+    passes,
+    poison,
+    wall,
+    with_gradients,
+)
 from mamba2lm.ops.discretisation import step_sizes
 from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.ssd.launch import (
@@ -42,17 +53,8 @@ from mamba2lm.ops.ssd.launch import (
 )
 from mamba2lm.ops.ssd.reference import ssd_chunked
 
-COPY_BANDWIDTH = 3.0e12
-"""Bytes a second that a copy moves on the H100 of these figures (read plus written)."""
-
 MATRIX_RATE = 6.9e14
 """Floating-point operations a second of a large bf16 product there."""
-
-HALF_LIMIT = 1.2
-"""A kernel may lose this much more than PyTorch in the same dtype."""
-
-FLOAT_LIMIT = 3e-5
-"""Relative error allowed in float32."""
 
 
 @dataclass(frozen=True)
@@ -124,45 +126,11 @@ def kernel(inputs: dict[str, Tensor], document: Tensor | None) -> tuple[Tensor, 
     return ssd_triton(**tensors, dt_softplus=True, document=document)
 
 
-def with_gradients(
-    function: Callable[..., tuple[Tensor, Tensor]],
-    inputs: dict[str, Tensor],
-    document: Tensor | None,
-    gradients: tuple[Tensor, Tensor],
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Return outputs and all gradients, the inputs cast to a dtype first if one is given."""
-    leaves = {
-        name: (value if dtype is None else value.to(dtype)).detach().requires_grad_()
-        for name, value in inputs.items()
-    }
-    y, state = function(leaves, document)
-    dy, dstate = (g.to(o.dtype) for g, o in zip(gradients, (y, state), strict=True))
-    found = torch.autograd.grad([y, state], list(leaves.values()), [dy, dstate])
-    named = {f"d{name}": value for name, value in zip(leaves, found, strict=True)}
-    return {"y": y.detach(), "state": state.detach(), **named}
-
-
-def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
-    """Return the relative error, in norm, of every result."""
-    return {
-        name: ((found[name].double() - value).norm() / value.norm().clamp(min=1e-300)).item()
-        for name, value in exact.items()
-    }
-
-
 def documents(shape: Shape, *, mean: int) -> Tensor:
     """Draw document ordinals with boundaries every ``mean`` positions on average."""
     torch.manual_seed(1)
     ids = (torch.rand(shape.b, shape.length, device="cuda") < 1 / mean).cumsum(1) % 3
     return document_ordinals(ids)
-
-
-def poison() -> None:
-    """Fill free memory with NaN, so that what a kernel forgets to write shows."""
-    blocks = [torch.full((1 << 27,), float("nan"), device="cuda") for _ in range(4)]
-    small = [torch.full((1 << k,), float("nan"), device="cuda") for k in range(8, 22)]
-    del blocks, small
 
 
 def check(
@@ -200,70 +168,6 @@ def check(
         "bad": bad,
         "ok": identical and not bad,
     }
-
-
-def wall(
-    function: Callable[[], object], *, seconds: float = 0.3, threads: bool = True
-) -> dict[str, float]:
-    """Time calls one after another, as a program makes them, in milliseconds.
-
-    PyTorch runs a backward pass on a thread of its own; waking that thread and the first one again
-    costs more than a small operator. With ``threads=False`` it runs on the calling thread, as in a
-    program that calls ``torch.autograd.set_multithreading_enabled(False)``.
-    """
-    with torch.autograd.set_multithreading_enabled(threads):
-        return _wall(function, seconds=seconds)
-
-
-def _wall(function: Callable[[], object], *, seconds: float) -> dict[str, float]:
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    repeats = max(5, min(200, int(seconds / 5 / (time.perf_counter() - begin))))
-    samples = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        torch.cuda.synchronize()
-        samples.append((time.perf_counter() - begin) / repeats * 1e3)
-    return {"median": statistics.median(samples), "low": min(samples), "high": max(samples)}
-
-
-def kernel_times(function: Callable[[], object], *, repeats: int = 10) -> dict[str, float]:
-    """Return milliseconds per call spent in each GPU kernel."""
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
-    activity = torch.profiler.ProfilerActivity.CUDA
-    with torch.profiler.profile(activities=[activity]) as profile:
-        for _ in range(repeats):
-            function()
-        torch.cuda.synchronize()
-    return {
-        event.key: event.self_device_time_total / repeats / 1e3
-        for event in profile.key_averages()
-        if event.self_device_time_total > 0
-    }
-
-
-def passes(
-    function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], dy: Tensor
-) -> dict[str, Callable[[], object]]:
-    """Return the forward pass alone and both passes as callables without arguments."""
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return function(inputs)
-
-    def both() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(function(leaves), list(leaves.values()), dy)
-
-    return {"forward": forward, "both": both}
 
 
 def ours(inputs: dict[str, Tensor]) -> Tensor:
@@ -679,18 +583,6 @@ def _pairs(bounds: dict[str, Any]) -> dict[str, list[int]]:
     return {name: list(pair) for name, pair in bounds.items()}
 
 
-def environment() -> dict[str, str]:
-    """Describe the machine."""
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": sys.version.split()[0],
-    }
-
-
 def main() -> int:
     """Run one command and write its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -702,6 +594,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile, for tune")
     parser.add_argument("--peer-chunks", nargs="*", type=int, default=[128, 256])
     arguments = parser.parse_args()
+    need_gpu(parser)
     if arguments.command in ("tune", "compile"):
         work = tuning_work(arguments.shapes, arguments.kernels)
         if arguments.jobs > 1 or arguments.command == "compile":

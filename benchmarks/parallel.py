@@ -27,10 +27,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from mamba2lm.cli import CONFIGS, fail
+from benchmarks.measure import preset
+from mamba2lm.cli import fail
 from mamba2lm.data import DataConfig, TokenizerConfig, TokenizerKind, prepare_data
 from mamba2lm.data.batches import training_batches
 from mamba2lm.data.loader import Corpus
@@ -48,14 +48,6 @@ from mamba2lm.training.run_folder import RunFolder
 
 LOSS_TOLERANCE = 2e-2
 """How far the losses of the first steps may lie apart: bfloat16 sums in another order."""
-
-
-def model_config(name: str, changes: list[str]) -> ModelConfig:
-    """Return a preset of ``configs/model``, with changes as Hydra takes them."""
-    with initialize_config_dir(str(CONFIGS / "model"), version_base="1.3"):
-        config = from_mapping(ModelConfig, compose(name, overrides=changes), "model")
-    config.fit_vocabulary(257)
-    return config
 
 
 def layout(text: str) -> ParallelConfig:
@@ -321,7 +313,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     accelerator = start_accelerator()
-    config = model_config(arguments.model, arguments.change)
+    config = preset(arguments.model, arguments.change)
+    config.fit_vocabulary(257)
     data = DataConfig(
         tokenizer=TokenizerConfig(kind=TokenizerKind.bytes),
         sequence_length=arguments.length,

@@ -27,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ops import (
+from benchmarks.measure import (
     FLOAT_LIMIT,
     HALF_LIMIT,
     environment,
     errors,
     kernel_times,
+    need_gpu,
     poison,
     wall,
 )
@@ -447,6 +448,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="*", help="operators or names of cases; default all")
     parser.add_argument("--top", type=int, default=8, help="launches to print per kernel")
     arguments = parser.parse_args()
+    need_gpu(parser)
     wanted = arguments.cases
     cases = [c for c in CASES if not wanted or c.operator in wanted or c.name in wanted]
     results: dict[str, Any] = {"environment": environment(), "rows": [], "checks": []}

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ops import (
+from benchmarks.measure import (
     COPY_BANDWIDTH,
     FLOAT_LIMIT,
     HALF_LIMIT,
     environment,
     errors,
     kernel_times,
+    need_gpu,
     passes,
     poison,
     wall,
@@ -272,6 +273,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default all")
     parser.add_argument("--kernels", nargs="*", default=list(KERNELS))
     arguments = parser.parse_args()
+    need_gpu(parser)
     shapes = [s for s in SHAPES if not arguments.shapes or s.name in arguments.shapes]
     results: dict[str, Any] = {"environment": environment(), "rows": []}
     failed = False

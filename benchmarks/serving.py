@@ -262,13 +262,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     if options.preset is not None:
-        from benchmarks.generation import build, commit
+        from benchmarks.generation import build
+        from eval.report import git_commit
 
         engine = Engine(
             build(options.preset, "cuda"), wordy_tokenizer(), max_rows=options.clients,
             state_dtype=options.state_dtype,
         )  # fmt: skip
-        about |= {"preset": options.preset, "state": options.state_dtype, "commit": commit(),
+        about |= {"preset": options.preset, "state": options.state_dtype, "commit": git_commit(),
                   "device": torch.cuda.get_device_name()}  # fmt: skip
     else:
         engine = PacedEngine(options.step_ms, options.clients)

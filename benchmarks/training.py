@@ -42,7 +42,7 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor, nn
 
 import mamba2lm
-from benchmarks.ops import environment
+from benchmarks.measure import environment, need_gpu
 from mamba2lm.cli import CONFIGS, typed
 from mamba2lm.config import TrainConfig
 from mamba2lm.models import LanguageModel, ModelConfig
@@ -570,8 +570,7 @@ def main() -> int:
     compared.add_argument("--out", type=Path)
     compared.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("steps are timed on a GPU, and PyTorch finds none here")
+    need_gpu(parser)
     (time_models if arguments.command == "time" else compare_losses)(arguments)
     return 0
 

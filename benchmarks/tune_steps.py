@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.generation import PRESETS, VOCAB_SIZE, recorded_us
+from benchmarks import measure
+from benchmarks.generation import VOCAB_SIZE, recorded_us
 from mamba2lm import ops
-from mamba2lm.models import LanguageModel, ModelConfig
+from mamba2lm.models import LanguageModel
 from mamba2lm.ops import Convolution, Norm, Scale
 from mamba2lm.ops.linear_step import launch
 from mamba2lm.ops.linear_step.launch import Blocks
-from mamba2lm.schema import from_mapping
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +59,8 @@ class Product:
 
 def products(preset: str) -> Iterator[Product]:
     """List the products of a preset's model."""
-    from omegaconf import OmegaConf
-
-    values = OmegaConf.to_container(OmegaConf.load(PRESETS / f"{preset}.yaml"))
-    assert isinstance(values, dict)
-    values = {str(k): v for k, v in values.items() if k != "defaults"}
     with torch.device("meta"):
-        model = LanguageModel(
-            from_mapping(ModelConfig, {**values, "vocab_size": VOCAB_SIZE}, "model")
-        )
+        model = LanguageModel(measure.preset(preset, [f"++vocab_size={VOCAB_SIZE}"]))
     mixer: Any = model.blocks[0].mixer
     shapes = {name: layer.weight.shape for name, layer in mixer.named_children()}
     yield Product(*shapes["in_proj"], convolved=shapes["conv1d"][0], normed=True)

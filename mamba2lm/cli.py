@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -97,6 +98,13 @@ def typed(config: DictConfig, schema: type[T]) -> T:
 
 def explain(error: Exception, schema: type) -> str:
     """Say in one line which key Hydra or OmegaConf objects to, its value and the remedy."""
+    if isinstance(error, OverrideParseException) and "=" in error.override:
+        key, _, value = error.override.partition("=")
+        quoted = '{}="{}"'.format(key, value.replace('"', '\\"'))
+        return (
+            f"{key}={value!r}: has characters that Hydra reads in its own way; a text with them "
+            f"goes into double quotes: {shlex.quote(quoted)}"
+        )
     reasons: list[str] = []
     cause: BaseException | None = error
     while cause is not None:

@@ -39,6 +39,7 @@ MISTAKES = {
                            "Did you mean 'quickstart'?"]),
     "unknown model": (["model=mamba2_131m"], ["model='mamba2_131m'", "mamba2_130m"]),
     "no value": (["resume"], ["resume", "missing EQUAL"]),
+    "what Hydra cannot read": (["run_dir=a+(b"], ["run_dir='a+(b'", """'run_dir="a+(b"'"""]),
     "unknown letter": (["model.pattern=MX"], ["model.pattern='MX'", "letter 'X'",
                        "A, F, L, M, S"]),
     "empty pattern": (["model.pattern="], ["model.pattern=''", "at least one letter"]),
@@ -104,6 +105,17 @@ def test_a_mistake_costs_one_line(
     for part in says:
         assert part in line
     assert tree(tmp_path) == before
+
+
+def test_nothing_stays_of_a_run_that_is_refused_late(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = tiny_run(text_file(tmp_path), tmp_path / "run")
+    grows = ["model.pattern=MA", "training.carry_state=true"]
+    assert run_here([*(a for a in arguments if "model.pattern" not in a), *grows]) == 2
+    message = "error: training.carry_state=True: the model's attention keeps every token"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_as_a_process(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
+from benchmarks import measure
 from mamba2lm.cli import CONFIGS
 from mamba2lm.config import TrainConfig
 from mamba2lm.data.tokenizer import TokenizerKind
@@ -200,3 +201,10 @@ def test_a_released_vocabulary_takes_a_smaller_tokenizer() -> None:
     config = train_config("model=mamba2_130m").model
     config.fit_vocabulary(4096)
     assert config.vocab_size == 50277
+
+
+def test_benchmarks_take_presets_and_name_what_is_none() -> None:
+    config = measure.preset("hybrid_130m", ["d_model=512", "++vocab_size=300"])
+    assert (config.d_model, config.vocab_size, len(config.letters)) == (512, 300, 25)
+    with pytest.raises(SystemExit, match=r"^error: 'mamba2_13m' is no preset. Did you mean 'mamba"):
+        measure.preset("mamba2_13m")

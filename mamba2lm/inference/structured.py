@@ -148,7 +148,7 @@ class Constraints:
         }[kind]
         try:
             if kind == "json_schema":
-                json.loads(text)  # the package would take it for a part of its own text
+                _check_json(text)  # the package would take it for a part of its own text
             limits = LLParserLimits(**_LIMITS)
             matcher = LLMatcher(self._ids, read(text), log_level=0, limits=limits)
             # The first takes longest, and what it finds its copies know.
@@ -159,3 +159,15 @@ class Constraints:
             why = " ".join(str(error).split())[:300]
             raise ConfigError(f"sampling.{kind}", text[:80], f"cannot be read: {why}") from error
         return matcher
+
+
+def _check_json(text: str) -> None:
+    """Refuse what is no JSON.
+
+    Raises:
+        ValueError: Saying where.
+    """
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"it is no JSON, but has to be a schema itself ({error})") from error

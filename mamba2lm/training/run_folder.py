@@ -95,8 +95,8 @@ class RunFolder:
                 yield
             finally:
                 (self.path / LOCK).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.path.rmdir()  # nothing came of it
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()  # nothing came of it
 
     def write_config(self, config: dict[str, Any]) -> None:
         """Write the resolved configuration."""
