@@ -117,7 +117,7 @@ class Program:
                     failed = now
                 if failed is not None and now > failed + 20:
                     break  # the rest waits for it in a collective
-                next(child for child in self._children if child.exitcode is None).join(0.05)
+                time.sleep(0.02)
             # Who is ended because another failed is not the one that failed.
             code = next((c for c in self.codes if c and c > 0), None)
         finally:

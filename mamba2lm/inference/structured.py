@@ -170,4 +170,4 @@ def _check_json(text: str) -> None:
     try:
         json.loads(text)
     except ValueError as error:
-        raise ValueError(f"it is no JSON, but has to be a schema itself ({error})") from error
+        raise ValueError(f"{error}; it has to be a schema itself, in JSON") from error
