@@ -24,6 +24,7 @@ from mamba2lm.layers.linear import project
 from mamba2lm.layers.mixer import Mixer, MixerConfig, output_and_state, register, require
 from mamba2lm.layers.state import State
 from mamba2lm.ops.dispatch import note_taken
+from mamba2lm.ops.documents import document_bounds, document_ordinals
 from mamba2lm.ops.kernels import compute_capability
 
 _GROWTH = 128  # slots; a full cache at least doubles
@@ -207,7 +208,7 @@ class Attention(Mixer):
             return self._forward_stretch(x_bld, seq_idx_bl, context), None
         assert state is None or isinstance(state, KVCache)
         batch, length, _ = x_bld.shape
-        document_bl = None if seq_idx_bl is None else document_numbers(seq_idx_bl)
+        document_bl = None if seq_idx_bl is None else document_ordinals(seq_idx_bl)
         qkv_blc, conv_state = project(self.in_proj, x_bld), None
         if self.conv1d is not None:
             conv = ops.causal_conv1d(
@@ -365,17 +366,12 @@ class Attention(Mixer):
     def _attend_documents(
         self, q_blhp: Tensor, k_blkp: Tensor, v_blkp: Tensor, document_bl: Tensor | None
     ) -> Tensor:
-        """Attend within each document, every one a sequence of its own: no mask, no work across.
-
-        The host waits for the device, to know how many documents there are.
-        """
+        """Attend within each document, every one a sequence of its own: no mask, no work across."""
         batch, length = q_blhp.shape[:2]
         if document_bl is None:
-            start_s = torch.arange(0, batch * length, length, device=q_blhp.device)
+            bounds = torch.arange(batch + 1, device=q_blhp.device, dtype=torch.int32) * length
         else:
-            first_bl = F.pad(document_bl[:, 1:] != document_bl[:, :-1], (1, 0), value=True)
-            start_s = first_bl.flatten().nonzero().squeeze(1)
-        bounds = F.pad(start_s, (0, 1), value=batch * length).to(torch.int32)
+            bounds = document_bounds(document_bl)
         shared = self.n_heads // self.n_kv_heads
         if shared > 1:
             k_blkp, v_blkp = (x.repeat_interleave(shared, dim=2) for x in (k_blkp, v_blkp))
@@ -487,12 +483,6 @@ class Attention(Mixer):
         self.n_heads //= tensor.size
         self.d_q, self.d_kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         self.d_qkv = self.d_q + 2 * self.d_kv
-
-
-def document_numbers(seq_idx_bl: Tensor) -> Tensor:
-    """Number the documents of each row 0, 1, … so that a repeated id is a new document."""
-    changed_bl = F.pad(seq_idx_bl[:, 1:] != seq_idx_bl[:, :-1], (1, 0))
-    return changed_bl.cumsum(dim=1)
 
 
 def rotary_angles(position_bl: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:

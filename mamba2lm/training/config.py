@@ -27,7 +27,7 @@ class TrainingConfig:
     """Begin each window from the state that the one before it in the text left (truncated
     back-propagation); batches are then batch_size texts read side by side, in order."""
     activation_checkpointing: bool = False
-    keep_outputs: bool | None = False
+    keep_outputs: bool | None = None
     """Keep the outputs of Mamba layers' convolutions and norms for the backward pass instead of
     making them again there: quicker, for more memory. Of Mamba layers on a GPU; null keeps them
     where two steps without have shown that there is room."""

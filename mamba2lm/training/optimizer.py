@@ -54,7 +54,7 @@ class OptimizerConfig:
     """muon only."""
     adamw_scale: float = 1.0
     """muon only: learning rate of what AdamW keeps (embedding, head, vectors) over muon's."""
-    impl: AdamWImpl = AdamWImpl.torch
+    impl: AdamWImpl = AdamWImpl.auto
     """Of AdamW; states and checkpoints are the same."""
 
     def validate(self) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mamba2lm.layers.attention import Attention, document_numbers, rotary_angles
+from mamba2lm.layers.attention import Attention, rotary_angles
+from mamba2lm.ops.documents import document_ordinals
 from mamba2lm.ops.rotary.reference import rotary_reference
 from tests.layers.cases import Case, inputs
 
@@ -82,7 +83,7 @@ def test_rotation_keeps_relative_positions_far_from_the_origin() -> None:
 
 def test_documents_are_numbered_where_the_id_changes() -> None:
     ids_bl = torch.tensor([[5, 5, 2, 5, 5], [1, 2, 2, 2, 1]])
-    assert document_numbers(ids_bl).tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, 1, 2]]
+    assert document_ordinals(ids_bl).tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, 1, 2]]
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ ENDS: dict[str, dict[str, Any]] = {
 
 
 def run(
-    dtype: torch.dtype, impl: Any, *, rate: float, boundary: int | None, p: int = 16, n: int = 16
+    dtype: torch.dtype, impl: Any, *, rate: float, boundary: int | None, p: int = 32, n: int = 16
 ) -> list[Tensor]:
     """Return the outputs and every gradient."""
     generator = torch.Generator().manual_seed(5)

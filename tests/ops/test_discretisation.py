@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mamba2lm.ops.discretisation import step_sizes
-from mamba2lm.ops.documents import document_ordinals, document_starts
+from mamba2lm.ops.documents import document_bounds, document_ordinals, document_starts
 
 from .tolerances import assert_close
 
@@ -48,6 +48,13 @@ def test_returning_ids_start_new_documents() -> None:
         [False, False, True, True, False, False],
         [False] * 6,
     ]
+
+
+def test_bounds_lay_rows_end_to_end() -> None:
+    ids = torch.tensor([[7, 7, 2, 7], [0, 0, 0, 0], [0, 1, 1, 1]])
+    bounds = document_bounds(document_ordinals(ids))
+    assert bounds.tolist() == [0, 2, 3, 4, 8, 9, 12]
+    assert bounds.dtype == torch.int32
 
 
 @pytest.mark.gpu

@@ -56,7 +56,7 @@ class Blocks:
 
 
 FORWARD = Blocks(channels=256, warps=2, ahead=4, programs=4224)
-BACKWARD = Blocks(channels=256, warps=2, ahead=4, programs=1056)
+BACKWARD = Blocks(channels=256, warps=2, ahead=4, programs=1056, prefetch=True, registers=128)
 
 _override: tuple[Blocks, Blocks] | None = None
 

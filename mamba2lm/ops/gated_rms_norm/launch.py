@@ -48,12 +48,13 @@ BACKWARD = Blocks(warps=4, elements=12, programs=264, stages=2)
 NARROW_BACKWARD = Blocks(warps=4, elements=24, programs=264, stages=3)
 NARROWEST_BACKWARD = Blocks(warps=2, elements=24, programs=264, stages=3)
 GATED_BACKWARD = Blocks(warps=8, elements=24, programs=264, stages=3)
+NARROW_GATED_BACKWARD = Blocks(warps=4, elements=12, programs=264, stages=3)
 
 
 def backward_blocks(width: int, gated: bool) -> Blocks:
     """Return how the backward kernel is launched for groups of ``width`` channels."""
     if gated:
-        return GATED_BACKWARD
+        return NARROW_GATED_BACKWARD if width <= 1536 else GATED_BACKWARD
     if width <= 1024:
         return NARROWEST_BACKWARD
     return NARROW_BACKWARD if width <= 2560 else BACKWARD

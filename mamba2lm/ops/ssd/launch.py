@@ -66,6 +66,8 @@ def _kernels(module: str) -> Any:
 def _padded_documents(document_bl: Tensor | None, padded: int) -> Tensor | None:
     if document_bl is None:
         return None
+    if document_bl.shape[1] == padded and document_bl.dtype == torch.int32:
+        return document_bl.contiguous()
     tail_bl = document_bl[:, -1:].expand(-1, padded - document_bl.shape[1])
     return torch.cat([document_bl, tail_bl], dim=1).to(torch.int32)
 
