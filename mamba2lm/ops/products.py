@@ -34,10 +34,10 @@ def add_matrix_gradient(total_mk: Tensor, dy_tm: Tensor, x_tk: Tensor) -> None:
     """Add dyᵀ x to a float32 matrix, in place and on NVIDIA's GPUs unrounded."""
     if dy_tm.dtype == total_mk.dtype:
         total_mk.addmm_(dy_tm.t(), x_tk)
-    elif _widens(dy_tm, total_mk.dtype):
+    elif _widens(dy_tm, total_mk.dtype) and not torch.compiler.is_compiling():
         torch.addmm(total_mk, dy_tm.t(), x_tk, out_dtype=total_mk.dtype, out=total_mk)
-    else:
-        total_mk += dy_tm.t() @ x_tk
+    else:  # torch 2.11 cannot trace addmm with out_dtype
+        total_mk += matrix_gradient(dy_tm, x_tk, total_mk.dtype)
 
 
 def bias_gradient(dy_tm: Tensor, dtype: torch.dtype) -> Tensor:
