@@ -120,7 +120,8 @@ def _stream() -> int:
     """Return the handle of the current stream of the current GPU."""
     from triton.runtime import driver
 
-    return driver.active.get_current_stream(driver.active.get_current_device())
+    active: Any = driver.active
+    return active.get_current_stream(active.get_current_device())
 
 
 @dataclass(slots=True)
