@@ -458,6 +458,8 @@ def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[s
             entry["ms"] = kernel_times(run, repeats=3)[KERNELS[kernel_name]]
         except Exception as error:  # what does not compile or fit is a result, recorded as one
             entry["error"] = f"{type(error).__name__}: {error}"[:200]
+        sys.stdout.write(f"{shape.name} {kernel_name} {json.dumps(entry)}\n")
+        sys.stdout.flush()
         found.append((entry["ms"], entry, config))
     found.sort(key=lambda each: each[0])
     settled: set[int] = set()
@@ -573,7 +575,7 @@ def tune_all(work: list[Work], out: Path | None, tuned: Path | None) -> list[dic
         results.setdefault(each.shape.name, {})[each.kernel_name] = found
         bases.setdefault(each.shape.name, each.base)
         rows.append({"shape": each.shape.name, "kernel": each.kernel_name, "found": found})
-        sys.stdout.write(f"{each.shape.name} {each.kernel_name} {json.dumps(found[0])}\n")
+        sys.stdout.write(f"best: {each.shape.name} {each.kernel_name} {json.dumps(found[0])}\n")
         sys.stdout.flush()
         if out:
             out.write_text(json.dumps(rows, indent=1) + "\n")
