@@ -49,6 +49,7 @@ from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.ops import causal_conv1d, kernels
 from mamba2lm.training.adamw import AdamW
 from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig, Optimizers
+from mamba2lm.training.parallelize import compile_blocks
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("softmax", "nll", "logsumexp")),
@@ -288,8 +289,8 @@ def measure(
     ids = torch.randint(config.vocab_size or 0, (batch, length + 1), device="cuda")
     for block in subject.model.blocks if isinstance(subject.model, LanguageModel) else ():
         block.mixer.keep_outputs = keep_outputs
-        if compiled:
-            block.compile()
+    if compiled and isinstance(subject.model, LanguageModel):
+        compile_blocks(subject.model, ids.device)
     seq_idx = None if mean_document is None else documents(batch, length, mean_document)
     step = step_function(subject, ids, seq_idx, adamw=adamw)
     for _ in range(3):
