@@ -363,7 +363,7 @@ class Attention(Mixer):
         )
 
     # How many documents there are only the device knows, which parts the graph in any case.
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _attend_documents(
         self, q_blhp: Tensor, k_blkp: Tensor, v_blkp: Tensor, document_bl: Tensor | None
     ) -> Tensor:
