@@ -37,6 +37,9 @@ from mamba2lm.ops.selective_scan.forward import sigmoid
 LINE = tl.constexpr(64)
 """Elements of a cache line, if they are of two bytes."""
 
+MOST_EARLY = tl.constexpr(64)
+"""Parts of a norm's squares that are loaded before the products they are needed after."""
+
 
 @triton.jit
 def wait_for_previous(CHAIN: tl.constexpr):
@@ -177,15 +180,19 @@ def load_inputs(
 
 
 @triton.jit
-def scale_of(
-    squares_ptr, g: tl.constexpr, r, there, eps,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SQUARES: tl.constexpr,
-):  # fmt: skip
-    """Return what the norm of a group multiplies rows by, from ``SQUARES`` parts of its squares."""
+def load_squares(
+    squares_ptr, g: tl.constexpr, r, there, GROUPS: tl.constexpr, SQUARES: tl.constexpr
+):
+    """Load the ``SQUARES`` parts of the squares of a group of rows."""
     BLOCK: tl.constexpr = triton.next_power_of_2(SQUARES)
     s = tl.arange(0, BLOCK)
     ptrs = squares_ptr + r[None, :] * (GROUPS * SQUARES) + (g * SQUARES + s[:, None])
-    squares = tl.load(ptrs, mask=(s < SQUARES)[:, None] & there[None, :], other=0.0)
+    return tl.load(ptrs, mask=(s < SQUARES)[:, None] & there[None, :], other=0.0)
+
+
+@triton.jit
+def scale_of(squares, eps, WIDTH: tl.constexpr):
+    """Return what a norm multiplies rows by."""
     return tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
 
 
@@ -237,8 +244,8 @@ def vector_kernel(
             sums *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
         if SQUARES > 0:
             r = tl.zeros((1,), tl.int32)
-            scale = scale_of(squares_ptr, g, r, r == 0, eps, GROUPS, WIDTH, SQUARES)
-            sums *= tl.sum(scale, axis=0)
+            parts = load_squares(squares_ptr, g, r, r == 0, GROUPS, SQUARES)
+            sums *= tl.sum(scale_of(parts, eps, WIDTH), axis=0)
         value += sums
     finish(value, around, n, 0, mask, y_ptr, kept_ptr, n_size, 0, start, channels, TAPS)
 
@@ -292,6 +299,8 @@ def rows_kernel(
     rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
     here = (r < r_size)[None, :]
     TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    # Few parts wait in registers; many would take those that the products need.
+    EARLY_SQUARES: tl.constexpr = SQUARES > 0 and SQUARES <= MOST_EARLY
     if SPLIT == 1:
         first, last = 0, TILES
     else:
@@ -306,6 +315,8 @@ def rows_kernel(
         total = tl.zeros((ROWS, BLOCK_N) if FLIP else (BLOCK_N, ROWS), tl.float32)
         if NORMED:
             squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
+        if EARLY_SQUARES:
+            parts = load_squares(squares_ptr, g, r, r < r_size, GROUPS, SQUARES)
         for i in tl.range(first, last, num_stages=STAGES):
             k = tl.arange(0, BLOCK_K) + i * BLOCK_K
             inside = k < WIDTH
@@ -332,7 +343,9 @@ def rows_kernel(
             scale = tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
             total *= scale[:, None] if FLIP else scale[None, :]
         if SQUARES > 0:
-            scale = scale_of(squares_ptr, g, r, r < r_size, eps, GROUPS, WIDTH, SQUARES)
+            if not EARLY_SQUARES:
+                parts = load_squares(squares_ptr, g, r, r < r_size, GROUPS, SQUARES)
+            scale = scale_of(parts, eps, WIDTH)
             total *= scale[:, None] if FLIP else scale[None, :]
         if g == 0:
             value = total
