@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75
 """Exit code after SIGTERM: saved, and ``resume=auto`` goes on from there (EX_TEMPFAIL)."""
-EXIT_REQUEUE = 76
-"""Exit code after SIGUSR1, which schedulers send ahead of a time limit: saved in the same way."""
 EXIT_UNSAVED = 4
 """Exit code when the last checkpoint could not be written; those before it are untouched."""
 EXIT_DIVERGED = 3
