@@ -5,6 +5,7 @@
     python -m benchmarks.ops lengths --out l.json     time per token against length, and attention's
     python -m benchmarks.ops tune --out tuning.json --tuned mamba2lm/ops/ssd/tuned/sm90.json
     python -m benchmarks.ops compile --jobs 16        what tuning will try, beforehand
+    python -m benchmarks.ops compile-peer --jobs 16   what mamba-ssm's autotuners will, for time
 
 Nothing is timed that was not found correct in the same run.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
+import itertools
 import json
 import math
 import multiprocessing
@@ -29,6 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.autotuning import compile_ahead, tune_briefly
 from benchmarks.measure import (
     COPY_BANDWIDTH,
     FLOAT_LIMIT,
@@ -232,6 +236,18 @@ def time_shape(shape: Shape, peer_chunks: Iterable[int]) -> dict[str, Any]:
                 "by_kernel_ms": kernels,
             }
     return row
+
+
+def run_peer(shapes: list[Shape], chunks: list[int]) -> None:
+    """Call both passes of the peer once; for ``compile_ahead``, which lets them compile only."""
+    for shape, chunk in itertools.product(shapes, chunks):
+        function = peer(chunk)
+        if function is None:
+            sys.exit("error: mamba-ssm is not installed.")
+        # Two rows are as many as eight to the compiler, which asks whether 16 divides a number.
+        inputs = draw(dataclasses.replace(shape, b=min(shape.b, 2)), torch.bfloat16, initial=False)
+        for run in passes(function, inputs, torch.randn_like(inputs["x"])).values():
+            run()
 
 
 def kept_memory(function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> int:
@@ -583,18 +599,27 @@ def _pairs(bounds: dict[str, Any]) -> dict[str, list[int]]:
     return {name: list(pair) for name, pair in bounds.items()}
 
 
+COMMANDS = ("check", "time", "lengths", "tune", "compile", "compile-peer")
+
+
 def main() -> int:
     """Run one command and write its results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("command", choices=["check", "time", "lengths", "tune", "compile"])
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tuned", type=Path, help="file of block sizes that tune rewrites")
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default all")
     parser.add_argument("--kernels", nargs="*", help="names of kernels, for tune; default all")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that compile, for tune")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--peer-chunks", nargs="*", type=int, default=[128, 256])
     arguments = parser.parse_args()
     need_gpu(parser)
+    if arguments.command == "compile-peer":
+        shapes = [s for s in SHAPES if not arguments.shapes or s.name in arguments.shapes]
+        work = functools.partial(run_peer, shapes, arguments.peer_chunks)
+        for line in compile_ahead(work, arguments.jobs):
+            sys.stdout.write(line[:300] + "\n")
+        return 0
     if arguments.command in ("tune", "compile"):
         work = tuning_work(arguments.shapes, arguments.kernels)
         if arguments.jobs > 1 or arguments.command == "compile":
@@ -609,6 +634,7 @@ def main() -> int:
         if arguments.out:
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         return 0
+    tune_briefly()
     failed = False
     for shape in SHAPES:
         if arguments.shapes and shape.name not in arguments.shapes:

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,20 @@ class Spec:
         return (
             f"{self.dataset}-{self.model}-d{self.width}-lr{self.learning_rate:.2e}-s{self.seed}"
         ).replace(" ", "_")
+
+
+def mean_accuracy(accuracies: Sequence[float | None]) -> float:
+    """Return the mean over the tests that were asked, −1 where none was."""
+    asked = [value for value in accuracies if value is not None]
+    return sum(asked) / len(asked) if asked else -1.0
+
+
+def best_evaluation(curve: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the best of a cell's evaluations, as Zoology reports; None where there was none.
+
+    One for all tests, the one of the highest mean, so that a line over lengths is one model's.
+    """
+    return max(curve, key=lambda row: mean_accuracy(row["accuracy"]), default=None)
 
 
 class Cell:
@@ -156,11 +170,9 @@ class Cell:
     def result(self) -> dict[str, Any]:
         """Return the cell's result as plain values."""
         tests = [dataclasses.asdict(test) for test in self.shapes.tests]
+        best = best_evaluation(self.curve)
         for number, test in enumerate(tests):
-            reached = [row["accuracy"][number] for row in self.curve]
-            reached = [value for value in reached if value is not None]
-            # The best of all evaluations, as Zoology reports it.
-            test["accuracy"] = max(reached) if reached else None
+            test["accuracy"] = None if best is None else best["accuracy"][number]
         return {
             **dataclasses.asdict(self.spec),
             "parameters": self.model.parameter_count(),
@@ -168,6 +180,7 @@ class Cell:
             "steps": self.step,
             "of_steps": self.steps,
             "seconds": round(self.seconds, 2),
+            "best_step": None if best is None else best["step"],
             "tests": tests,
             "curve": self.curve,
         }

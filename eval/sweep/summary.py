@@ -11,6 +11,7 @@ from typing import Any
 from eval import report
 from eval.published import published
 from eval.result import Grid, TaskResult
+from eval.sweep.cell import mean_accuracy
 from eval.sweep.config import SweepConfig, SweepTask
 
 CONFIG = "sweep.json"
@@ -27,7 +28,7 @@ class Point:
     length: int
     items: int
     accuracies: list[float]
-    """The best over learning rates, one a seed."""
+    """Of the best learning rate, one a seed."""
     learning_rates: list[float]
     """Those rates."""
     cells: int
@@ -85,35 +86,53 @@ def summarise(folder: Path, config: SweepConfig) -> list[Point]:
 
 
 def best_points(cells: Sequence[dict[str, Any]], models: Sequence[str]) -> list[Point]:
-    """Take the best learning rate of every seed.
+    """Take the best learning rate of every seed: of the highest mean over the tests.
 
     Args:
         cells: As kept in files.
         models: Their order; models that are not among them are left out.
     """
-    found: dict[tuple[Any, ...], dict[int, tuple[float, float]]] = {}
+    # One cell for all tests, so that a line over lengths is one model's.
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
     counts: dict[tuple[Any, ...], int] = {}
     for cell in cells:
-        for test in cell["tests"]:
-            if test["accuracy"] is None or cell["model"] not in models:
-                continue
-            key = (cell["dataset"], cell["model"], cell["width"], test["length"], test["items"])
+        if cell["model"] not in models:
+            continue
+        asked = [test for test in cell["tests"] if test["accuracy"] is not None]
+        for test in asked:
+            key = _test_of(cell, test)
             counts[key] = counts.get(key, 0) + 1
-            best = found.setdefault(key, {})
-            here = (test["accuracy"], cell["learning_rate"])
-            best[cell["seed"]] = max(best.get(cell["seed"], here), here)
+        question = (cell["dataset"], cell["model"], cell["width"], cell["seed"])
+        if asked and (question not in best or _rank(cell) > _rank(best[question])):
+            best[question] = cell
+    found: dict[tuple[Any, ...], dict[int, tuple[float, float]]] = {}
+    for cell in best.values():
+        for test in cell["tests"]:
+            if test["accuracy"] is not None:
+                of_seed = (test["accuracy"], cell["learning_rate"])
+                found.setdefault(_test_of(cell, test), {})[cell["seed"]] = of_seed
     points = [
         Point(
             *key,
-            accuracies=[best[seed][0] for seed in sorted(best)],
-            learning_rates=[best[seed][1] for seed in sorted(best)],
+            accuracies=[of[seed][0] for seed in sorted(of)],
+            learning_rates=[of[seed][1] for seed in sorted(of)],
             cells=counts[key],
         )
-        for key, best in found.items()
+        for key, of in found.items()
     ]
     return sorted(
         points, key=lambda p: (p.dataset, p.length, p.items, models.index(p.model), p.width)
     )
+
+
+def _test_of(cell: dict[str, Any], test: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what a point of the figure stands for, seeds and rates apart."""
+    return (cell["dataset"], cell["model"], cell["width"], test["length"], test["items"])
+
+
+def _rank(cell: dict[str, Any]) -> tuple[float, float]:
+    """Return by what the rates of a seed are compared."""
+    return mean_accuracy([test["accuracy"] for test in cell["tests"]]), cell["learning_rate"]
 
 
 def draw(points: Sequence[Point], path: Path, *, by_length: bool) -> None:

@@ -71,13 +71,13 @@ def memory_available(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def room_left(device: torch.device) -> int:
+def room_left(device: torch.device) -> int | None:
     """Return the bytes that this process could use of a GPU beside the most it has used so far.
 
-    A tenth of what it could have is left for fragments; 0 on a CPU, whose memory others share.
+    A tenth of what it could have is left for fragments. None on a CPU, where nobody can tell.
     """
     if device.type != "cuda":
-        return 0
+        return None
     within_reach = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return int(0.9 * within_reach) - torch.cuda.max_memory_allocated(device)
 

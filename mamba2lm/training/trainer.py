@@ -266,12 +266,15 @@ class Trainer:
 
     def _keep_outputs_if_room(self) -> None:
         """Have mixers keep outputs for the backward pass where all processes have the memory."""
+        room = room_left(self.device)
+        if room is None:
+            return
         tokens = self.micro_batch * self.corpus.sequence_length
         if self.mesh.context is not None:
             tokens //= self.mesh.context.size
         mixers = [block.mixer for block in self.model.blocks]
         more = tokens * sum(x.kept_bytes_per_token(self.dtype.itemsize) for x in mixers)
-        keep = more > 0 and not self.world.any(room_left(self.device) < more)
+        keep = more > 0 and not self.world.any(room < more)
         for mixer in mixers:
             mixer.keep_outputs = keep
         if self.world.is_main and more:

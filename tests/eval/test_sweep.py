@@ -333,6 +333,34 @@ def test_the_best_rate_of_each_seed() -> None:
     assert point.cells == 4
 
 
+def test_a_line_over_lengths_is_one_model() -> None:
+    # The first rate is best at the longest length, the second at all together.
+    cells = [
+        {"dataset": "T", "model": "a", "width": 32, "learning_rate": rate, "seed": 0,
+         "tests": [{"length": n, "items": 4, "accuracy": reached}
+                   for n, reached in zip((64, 128, 256, 512), of_rate, strict=True)]}
+        for rate, of_rate in ((1e-3, (0.5, 0.5, 0.9, None)), (1e-2, (1.0, 1.0, 0.6, None)))
+    ]  # fmt: skip
+    points = best_points(cells, ["a"])
+    assert [(p.length, p.accuracies, p.cells) for p in points] == [
+        (64, [1.0], 2), (128, [1.0], 2), (256, [0.6], 2)
+    ]  # fmt: skip
+    assert {rate for p in points for rate in p.learning_rates} == {1e-2}
+
+
+def test_a_cell_reports_its_best_evaluation() -> None:
+    cell = cell_of(config())
+    rows = [[0.9, 0.2, None], [0.8, 0.7, None], [0.1, 0.9, None]]
+    cell.curve = [{"step": 4 * i, "loss": 1.0, "accuracy": row} for i, row in enumerate(rows)]
+    cell.shapes.tests.append(cell.shapes.tests[0])
+    found = cell.result()
+    assert [test["accuracy"] for test in found["tests"]] == [0.8, 0.7, None]
+    assert found["best_step"] == 4
+    cell.curve = []
+    assert [test["accuracy"] for test in cell.result()["tests"]] == [None] * 3
+    assert cell.result()["best_step"] is None
+
+
 PRESETS = sorted(file.stem for file in (CONFIGS / "sweep").glob("*.yaml"))
 
 
