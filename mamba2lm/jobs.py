@@ -1,6 +1,6 @@
 """A script as a scheduler's job: what a task does that a launcher of Hydra started.
 
-``python train.py -m hydra/launcher=slurm`` composes here and runs elsewhere: submitit starts the
+``python train.py --multirun hydra/launcher=slurm`` composes here and runs elsewhere: submitit starts the
 composed script once for each process, on the nodes that Slurm gives. A task finds its place among
 the processes from submitit, and hands a stop ahead of the time limit back to it, which requeues.
 """
