@@ -1,8 +1,9 @@
 """A script as a scheduler's job: what a task does that a launcher of Hydra started.
 
-``python train.py --multirun hydra/launcher=slurm`` composes here and runs elsewhere: submitit starts the
-composed script once for each process, on the nodes that Slurm gives. A task finds its place among
-the processes from submitit, and hands a stop ahead of the time limit back to it, which requeues.
+``python train.py --multirun hydra/launcher=slurm`` composes here and runs elsewhere: submitit
+starts the composed script once for each process, on the nodes that Slurm gives. A task finds its
+place among the processes from submitit, and hands a stop ahead of the time limit back to it, which
+requeues.
 """
 
 from __future__ import annotations
@@ -65,8 +66,10 @@ def run_job(main: Callable[[], int | None]) -> None:
         log.exception("process %s of the job failed", os.environ.get("RANK", "0"))
         sys.exit(1)
     if code == EXIT_REQUEUE and "SUBMITIT_EXECUTOR" in os.environ:
+        from submitit import JobEnvironment
+
         # submitit's handler, back in place: it requeues from the first task, and ends that.
-        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(getattr(signal, f"SIG{JobEnvironment.USR_SIG}"))
     if code:
         raise Ended(code)
 

@@ -45,6 +45,8 @@ class Store(Protocol):
 
     def set(self, key: str, value: str) -> None: ...
 
+    def check(self, keys: list[str]) -> bool: ...
+
     def multi_get(self, keys: list[str]) -> list[bytes]: ...
 
 
@@ -112,9 +114,12 @@ class Watchdog:
     def _watch(self) -> None:
         interval = min(self._timeout / 10, INTERVAL)
         notes: dict[int, _Note] = {}
-        number, stopping = 0, False
+        number, stopping = 0, ""
         while not self._closed.wait(interval):
-            stopping = stopping or self._told_to_stop() or os.getppid() != self._launcher
+            told, orphaned = self._told_to_stop(), os.getppid() != self._launcher
+            stopping = stopping or (
+                "told to stop" if told else "the launcher ended" if orphaned else ""
+            )
             now = time.monotonic()
             waited = now - self._changed
             try:
@@ -133,8 +138,8 @@ class Watchdog:
             silent = self._silent(notes, now, SILENCE)
             if stopping and silent:
                 log.error(
-                    "asked to stop, but %s not answered for %.0f s: ending without saving",
-                    _named(silent), SILENCE,
+                    "%s, and %s not answered for %.0f s: ending without saving",
+                    stopping, _named(silent), SILENCE,
                 )  # fmt: skip
                 self._give_up()
                 return
@@ -154,9 +159,14 @@ class Watchdog:
 
     def _read(self, notes: dict[int, _Note], now: float) -> None:
         """Bring what is known of every process up to date."""
-        told = self._store.multi_get([f"alive/{rank}" for rank in range(self._size)])
-        for rank, words in enumerate(told):
-            alive, steps, finished = map(int, words.split())
+        keys = {rank: f"alive/{rank}" for rank in range(self._size)}
+        if not self._store.check(
+            [*keys.values()]
+        ):  # one was lost before its first note, or is late
+            keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        told = dict(zip(keys, self._store.multi_get([*keys.values()]), strict=True))
+        for rank in range(self._size):
+            alive, steps, finished = map(int, told.get(rank, b"0 0 0").split())
             note = notes.setdefault(rank, _Note(alive, steps, now, self._changed))
             if note.alive != alive:
                 note.alive, note.heard = alive, now

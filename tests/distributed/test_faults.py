@@ -179,7 +179,7 @@ def test_told_to_stop_no_process_waits_for_one_that_hangs(text: Path, tmp_path: 
     finally:
         program.end()
     assert program.codes == [EXIT_UNANSWERED, -signal.SIGKILL], log
-    assert "asked to stop, but process 1 has not answered for 10 s" in log
+    assert "told to stop, and process 1 has not answered for 10 s" in log
     found = newest_valid(run)
     assert found is not None
     assert int(found.name[-8:]) >= step_of(program) - 4

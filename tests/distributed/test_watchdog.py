@@ -25,6 +25,11 @@ class Notes:
             raise RuntimeError("Broken pipe")
         self.notes[key] = value
 
+    def check(self, keys: list[str]) -> bool:
+        if not self.answers:
+            raise RuntimeError("Broken pipe")
+        return all(key in self.notes for key in keys)
+
     def multi_get(self, keys: list[str]) -> list[bytes]:
         if not self.answers:
             raise RuntimeError("Broken pipe")
@@ -72,7 +77,18 @@ def test_told_to_stop_it_does_not_wait_for_a_lost_process(
     assert process.waits(0.6, other_lives=False), "nobody told it to stop"
     process.told = True
     assert not process.waits(20, other_lives=False)
-    assert "asked to stop, but process 1 has not answered for" in caplog.text
+    assert "told to stop, and process 1 has not answered for" in caplog.text
+    process.watchdog.close(finished=False)
+
+
+def test_a_process_lost_before_its_first_note_is_not_waited_for_either(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    process = Watched()
+    del process.store.notes["alive/1"]
+    process.told = True
+    assert not process.waits(20, other_lives=False)
+    assert "process 1 has not answered for" in caplog.text
     process.watchdog.close(finished=False)
 
 
@@ -93,11 +109,14 @@ def test_who_has_finished_is_not_missed() -> None:
     assert process.store.notes["alive/0"].endswith(" 0")
 
 
-def test_a_lost_launcher_is_as_good_as_being_told_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_launcher_is_as_good_as_being_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     process = Watched()
     assert process.waits(0.6, other_lives=False)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: -1)
     assert not process.waits(20, other_lives=False)
+    assert "the launcher ended, and process 1 has not answered for" in caplog.text
     process.watchdog.close(finished=False)
 
 
