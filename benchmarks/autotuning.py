@@ -82,4 +82,5 @@ def tune_briefly(warmup_ms: int = 5, timed_ms: int = 25) -> None:
     from triton.testing import do_bench
 
     timer = functools.partial(do_bench, warmup=warmup_ms, rep=timed_ms)
-    driver.active.get_benchmarker = lambda: timer
+    active: Any = driver.active
+    active.get_benchmarker = lambda: timer

@@ -260,8 +260,8 @@ def registers() -> dict[str, list[int]]:
     """Return the registers and spilled bytes per thread of every kernel compiled so far."""
     return {
         f"{key[1]} {name} {index}": [binary.n_regs, binary.n_spills]
-        for index, (key, compiled) in enumerate(Launches._known.items())
-        for name, binary in compiled.items()
+        for index, (key, known) in enumerate(Launches._known.items())
+        for name, binary in known.binaries.items()
     }
 
 

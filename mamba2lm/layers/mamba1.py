@@ -100,6 +100,7 @@ class Mamba1(Mixer):
     recurrent_tensors = ("ssm",)
     float32_parameters = ("A_log", "D", "dt_proj.bias")
     supports_context = True
+    one_node_on_gpu = True
 
     def __init__(self, config: Mamba1Config, d_model: int) -> None:
         super().__init__()

@@ -111,6 +111,7 @@ class Mamba2(Mixer):
     recurrent_tensors = ("ssm",)
     float32_parameters = ("A_log", "D", "dt_bias")
     supports_context = True
+    one_node_on_gpu = True
 
     def __init__(self, config: Mamba2Config, d_model: int) -> None:
         super().__init__()

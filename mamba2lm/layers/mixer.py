@@ -54,6 +54,9 @@ class Mixer(nn.Module, ABC):
     """Parameters that are never cast below float32 and never decayed."""
     supports_context: ClassVar[bool] = False
     """Whether ``forward`` takes ``context``."""
+    one_node_on_gpu: ClassVar[bool] = False
+    """Whether training on a GPU runs the mixer as one autograd node of kernels, which
+    torch.compile would take apart and find nothing in to fuse."""
 
     d_model: int
     tensor: TensorGroup | None = None

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -89,6 +92,56 @@ def signature(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr() % 16 == 0
 
 
+def _start(binary: Any, grid: tuple[int, int, int], arguments: Sequence[Any]) -> None:
+    """Start a compiled kernel on the current stream.
+
+    Args:
+        binary: Triton's ``CompiledKernel``.
+        grid: Programs along three axes.
+        arguments: All of them in order, ``constexpr`` ones too; pointers as tensors or addresses.
+    """
+    if _hooked():
+        binary[grid](*arguments)
+    else:
+        binary.run(
+            *grid, _stream(), binary.function, binary.packed_metadata, None, None, None, *arguments
+        )
+
+
+def _hooked() -> bool:
+    """Return whether a profiler of Triton's wants to hear of launches, which takes its own time."""
+    from triton import knobs
+
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _stream() -> int:
+    """Return the handle of the current stream of the current GPU."""
+    from triton.runtime import driver
+
+    active: Any = driver.active
+    return active.get_current_stream(active.get_current_device())
+
+
+@dataclass(slots=True)
+class _Launch:
+    """One launch of a pass: ``pointers`` are places in a tuple of tensors and bytes from there."""
+
+    binary: Any
+    grid: tuple[int, int, int]
+    pointers: list[tuple[int, int]]
+    numbers: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class Known:
+    """What is known about one key: compiled kernels by name, and the launches of a whole pass."""
+
+    binaries: dict[str, Any] = field(default_factory=dict)
+    launches: list[_Launch] | None = None
+
+
 class Launches:
     """The kernels of one operator, compiled for one signature of its inputs.
 
@@ -97,9 +150,12 @@ class Launches:
     its binary directly. So everything that Triton specialises on must follow from the key: the
     ``signature`` of every input tensor (intermediate tensors are fresh and aligned) and the
     launch configuration.
+
+    Working out the arguments takes as long again where there are many. ``run`` does that once for
+    a whole pass.
     """
 
-    _known: ClassVar[dict[Any, dict[str, Any]]] = {}
+    _known: ClassVar[dict[Any, Known]] = {}
 
     def __init__(self, device: torch.device, *key: Any) -> None:
         """Find the binaries of a key, or start without any.
@@ -110,7 +166,11 @@ class Launches:
         """
         if len(self._known) >= MAX_SIGNATURES:
             self._known.clear()
-        self.compiled = self._known.setdefault((device, *key), {})
+        key = (device, *key)
+        known = self._known.get(key)
+        self.known = self._known.setdefault(key, Known()) if known is None else known
+        self._recorded: list[_Launch] | None = None
+        self._tensors: tuple[Tensor | None, ...] = ()
 
     def __call__(
         self,
@@ -139,19 +199,87 @@ class Launches:
             constants: All ``constexpr`` arguments, in the order of their declaration.
         """
         name = kernel.__name__ + variant
-        compiled = self.compiled.get(name)
-        if compiled is not None:
-            compiled[grid](*arguments, *constants.values())
+        binary = self.known.binaries.get(name)
+        if binary is not None:
+            _start(binary, grid, (*arguments, *constants.values()))
+        else:
+            assert list(constants) == kernel.arg_names[len(arguments) :], (name, list(constants))
+            options: dict[str, Any] = {} if registers is None else {"maxnreg": registers}
+            if chain:
+                options["launch_pdl"] = True
+            binary = kernel[grid](
+                *arguments, **constants, num_warps=warps, num_stages=stages, **options
+            )
+            if INTERPRETED:
+                return
+            self.known.binaries[name] = binary
+        if self._recorded is not None:
+            self._recorded.append(_record(binary, grid, arguments, constants, self._tensors))
+
+    def run(
+        self, launch_all: Callable[..., None], tensors: tuple[Tensor | None, ...], *rest: Any
+    ) -> None:
+        """Launch all kernels of a pass.
+
+        The first time under a key a function does it; later the same launches are repeated with the
+        addresses of the tensors of the day.
+
+        Args:
+            launch_all: Called with this object, the tensors and ``rest``. It does nothing but call
+                the object with kernels, whose first arguments are pointers: the tensors, or views
+                of those that share their memory with none of the others. All else in the calls,
+                like what the views are, follows from the key.
+            tensors: What the kernels read and write, on one device.
+            rest: Further arguments, which follow from the key.
+        """
+        if self.known.launches is None:
+            # Two arguments may be one tensor today and differ next time.
+            tensors = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+            self._recorded, self._tensors = [], tensors
+            launch_all(self, *tensors, *rest)
+            if not INTERPRETED:
+                self.known.launches = self._recorded
+            self._recorded, self._tensors = None, ()
             return
-        assert list(constants) == kernel.arg_names[len(arguments) :], (name, list(constants))
-        options: dict[str, Any] = {} if registers is None else {"maxnreg": registers}
-        if chain:
-            options["launch_pdl"] = True
-        compiled = kernel[grid](
-            *arguments, **constants, num_warps=warps, num_stages=stages, **options
-        )
-        if not INTERPRETED:
-            self.compiled[name] = compiled
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        hooked, stream = _hooked(), _stream()
+        for launch in self.known.launches:
+            binary = launch.binary
+            pointers = [addresses[place] + offset for place, offset in launch.pointers]
+            if hooked:
+                binary[launch.grid](*pointers, *launch.numbers)
+                continue
+            binary.run(
+                *launch.grid, stream, binary.function, binary.packed_metadata, None, None, None,
+                *pointers, *launch.numbers,
+            )  # fmt: skip
+
+
+def _record(
+    binary: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    tensors: tuple[Tensor | None, ...],
+) -> _Launch:
+    """Say where the pointers of a launch lie within tensors, which will be others next time."""
+    pointers: list[tuple[int, int]] = []
+    for argument in itertools.takewhile(lambda each: isinstance(each, Tensor), arguments):
+        place = next((i for i, tensor in enumerate(tensors) if tensor is argument), None)
+        if place is not None:
+            pointers.append((place, 0))
+            continue
+        memory = argument.untyped_storage().data_ptr()
+        owners = [
+            (i, argument.data_ptr() - tensor.data_ptr())
+            for i, tensor in enumerate(tensors)
+            if tensor is not None and tensor.untyped_storage().data_ptr() == memory
+        ]
+        assert len(owners) == 1, "a pointer to none of the tensors of a pass, or to several"
+        pointers += owners
+    numbers = (*arguments[len(pointers) :], *constants.values())
+    assert not any(isinstance(number, Tensor) for number in numbers)
+    return _Launch(binary, grid, pointers, numbers)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -38,7 +38,7 @@ class NoGpu:
         return device
 
 
-def doubled_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+def doubled_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):  # pyright: ignore[reportInvalidTypeForm]
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + i, 2.0 * tl.load(x_ptr + i, mask=i < size), mask=i < size)
 

@@ -8,6 +8,7 @@ Letters: b batch, l length, h heads, p head dim, g groups, n state, c chunks, q 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from functools import lru_cache
@@ -57,6 +58,10 @@ FEW_CHUNKS = 8
 the products <S, dS> of whole states, whose rounding only averages out over many chunks."""
 
 
+Limits = tuple[bool, float, float]
+"""Whether softplus is applied to dt + dt_bias, and the least and largest Δ."""
+
+
 @lru_cache
 def _kernels(module: str) -> Any:
     """Import a module of kernels, and Triton with the first."""
@@ -78,13 +83,13 @@ def _steps(
     dt_bias: Tensor | None,
     A: Tensor,
     q: int,
-    limits: tuple[bool, float, float],
-) -> tuple[Tensor, Tensor]:
-    """Return Δ and the cumulative log₂ decay per chunk, (b, h, padded length), float32."""
+    limits: Limits,
+    delta: Tensor,
+    cum: Tensor,
+) -> None:
+    """Write Δ and the cumulative log₂ decay per chunk, (b, h, padded length), float32."""
     b, length, h = dt.shape
     c = -(-length // q)
-    delta = torch.empty(b, h, c * q, dtype=torch.float32, device=dt.device)
-    cum = torch.empty_like(delta)
     launch(
         _kernels("forward").steps_kernel, (c, b, -(-h // STEP_HEADS)),
         dt, delta if dt_bias is None else dt_bias, A, delta, cum,
@@ -92,7 +97,6 @@ def _steps(
         HAS_BIAS=dt_bias is not None, SOFTPLUS=limits[0], CLAMP=limit_binds(*limits),
         Q=q, HEAD_BLOCK=STEP_HEADS, warps=4,
     )  # fmt: skip
-    return delta, cum
 
 
 def _states(
@@ -111,19 +115,18 @@ def _states(
     dfinal: Tensor | None,
     final: Tensor | None,
     dinitial: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the states that enter the chunks and, if dy is given, the gradients of those leaving.
+    states: Tensor,
+    dstates: Tensor,
+) -> None:
+    """Write the states that enter the chunks and, if dy is given, the gradients of those leaving.
 
-    Both are (b, c, h, p, n) in the dtype of x, or float32 in a backward pass over few chunks.
+    Both are (b, c, h, p, n).
     """
     b, length, h, p = x.shape
     n = B.shape[3]
     c = cum.shape[2] // q
     backward = dy is not None
     dy = x if dy is None else dy
-    dtype = torch.float32 if backward and c <= FEW_CHUNKS else x.dtype
-    states = torch.empty(b, c, h, p, n, dtype=dtype, device=x.device)
-    dstates = torch.empty_like(states) if backward else states
     p_block, n_block = min(blocks.p, p), min(blocks.n, n)
     no = delta
     launch(
@@ -140,7 +143,6 @@ def _states(
         PRECISION=precision,
         warps=blocks.warps, stages=blocks.stages,
     )  # fmt: skip
-    return states, dstates
 
 
 def forward(
@@ -179,10 +181,8 @@ def forward(
         y (b, l, h, p); the final states (b, h, p, n), float32; and for the backward pass y before
         the gate, empty without one.
     """
-    kernels = _kernels("forward")
-
     b, length, h, p = x.shape
-    g, n = B.shape[2:]
+    n = B.shape[3]
     config = config_for(x, n)
     q = config.forward_chunk
     c = -(-length // q)
@@ -190,52 +190,86 @@ def forward(
     z = None if z is None else unit_stride(z)
     initial = None if initial_states is None else initial_states.contiguous()
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial)
-    launch = Launches(
-        x.device, "ssd_forward", config, document is None, dt_softplus, low, high,
-        *(signature(tensor) for tensor in inputs),
-    )  # fmt: skip
+    limits = dt_softplus, low, high
     with on_device(x.device):
+        padded = _padded_documents(document, c * q)
+        launch = Launches(
+            x.device, "ssd_forward", config, limits, signature(padded), *map(signature, inputs)
+        )
         y = torch.empty(b, length, h, p, dtype=x.dtype, device=x.device)
         pre = torch.empty_like(y) if z is not None else y.new_empty(0)
         final = torch.empty(b, h, p, n, dtype=torch.float32, device=x.device)
-        padded = _padded_documents(document, c * q)
-        delta, cum = _steps(launch, dt, dt_bias, A, q, (dt_softplus, low, high))
-        # A pointer that the kernel does not follow must still be one.
-        no = delta
-        skip = no if D is None else D
-        documents = no if padded is None else padded
-        gate, before_gate = (x, y) if z is None else (z, pre)
-        strides = (
-            *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *gate.stride()[:3], *y.stride()[:3],
-        )  # fmt: skip
-        if config.fused is not None:
-            blocks = config.fused
-            p_block = min(blocks.p, p)
-            launch(
-                kernels.fused_kernel, (b * h * (p // p_block), 1, 1),
-                x, B, C, gate, delta, cum, skip, documents, no if initial is None else initial,
-                y, before_gate, final, *strides, length, h, c, h // g,
-                HAS_D=D is not None, HAS_Z=z is not None, HAS_DOCUMENTS=padded is not None,
-                HAS_INITIAL=initial is not None, Q=q, P=p, N=n, P_BLOCK=p_block,
-                DIRECT=blocks.direct, PRECISION=config.precision,
-                warps=blocks.warps, stages=blocks.stages,
-            )  # fmt: skip
-            return y, final, pre
-        states, _ = _states(
-            launch, config.states, config.precision, q,
-            x, B, None, C, delta, cum, padded, initial, None, final, None,
-        )  # fmt: skip
-        blocks = config.scan
-        head_block = heads_per_program(h // g, b * c * g, blocks.programs)
+        steps = torch.empty(2, b, h, c * q, dtype=torch.float32, device=x.device)
+        states = None
+        if config.fused is None:
+            states = torch.empty(b, c, h, p, n, dtype=x.dtype, device=x.device)
+        launch.run(_launch_forward, (*inputs, padded, y, pre, final, steps, states), config, limits)
+    return y, final, pre
+
+
+def _launch_forward(
+    launch: Launches,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    padded: Tensor | None,
+    y: Tensor,
+    pre: Tensor,
+    final: Tensor,
+    steps: Tensor,
+    states: Tensor | None,
+    config: Config,
+    limits: Limits,
+) -> None:
+    kernels = _kernels("forward")
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    q = config.forward_chunk
+    c = -(-length // q)
+    delta, cum = steps[0], steps[1]
+    _steps(launch, dt, dt_bias, A, q, limits, delta, cum)
+    # A pointer that the kernel does not follow must still be one.
+    no = delta
+    skip = no if D is None else D
+    documents = no if padded is None else padded
+    gate, before_gate = (x, y) if z is None else (z, pre)
+    strides = (
+        *x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *gate.stride()[:3], *y.stride()[:3],
+    )  # fmt: skip
+    if states is None:
+        blocks = config.fused
+        assert blocks is not None
+        p_block = min(blocks.p, p)
         launch(
-            kernels.scan_kernel, (h // head_block, c, b),
-            x, B, C, gate, delta, cum, skip, documents, states, y, before_gate,
-            *strides, length, h, c, h // g, head_block,
+            kernels.fused_kernel, (b * h * (p // p_block), 1, 1),
+            x, B, C, gate, delta, cum, skip, documents, no if initial is None else initial,
+            y, before_gate, final, *strides, length, h, c, h // g,
             HAS_D=D is not None, HAS_Z=z is not None, HAS_DOCUMENTS=padded is not None,
-            Q=q, P=p, N=n, PRECISION=config.precision, STAGES=blocks.stages,
+            HAS_INITIAL=initial is not None, Q=q, P=p, N=n, P_BLOCK=p_block,
+            DIRECT=blocks.direct, PRECISION=config.precision,
             warps=blocks.warps, stages=blocks.stages,
         )  # fmt: skip
-    return y, final, pre
+        return
+    _states(
+        launch, config.states, config.precision, q,
+        x, B, None, C, delta, cum, padded, initial, None, final, None, states, states,
+    )  # fmt: skip
+    blocks = config.scan
+    head_block = heads_per_program(h // g, b * c * g, blocks.programs)
+    launch(
+        kernels.scan_kernel, (h // head_block, c, b),
+        x, B, C, gate, delta, cum, skip, documents, states, y, before_gate,
+        *strides, length, h, c, h // g, head_block,
+        HAS_D=D is not None, HAS_Z=z is not None, HAS_DOCUMENTS=padded is not None,
+        Q=q, P=p, N=n, PRECISION=config.precision, STAGES=blocks.stages,
+        warps=blocks.warps, stages=blocks.stages,
+    )  # fmt: skip
 
 
 def backward(
@@ -272,113 +306,184 @@ def backward(
         Gradients of x, dt, A, B, C, D, z, dt_bias and initial_states; those of absent arguments
         are empty tensors.
     """
-    kernels = _kernels("backward")
-
     b, length, h, p = x.shape
     g, n = B.shape[2:]
     config = config_for(x, n)
     q = config.chunk
     c = -(-length // q)
-    x, B, C, dy = unit_stride(x), unit_stride(B), unit_stride(C), unit_stride(dout)
+    x, B, C, dout = unit_stride(x), unit_stride(B), unit_stride(C), unit_stride(dout)
     z = None if z is None else unit_stride(z)
     device = x.device
     initial = None if initial_states is None else initial_states.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    inputs = (x, dt, A, B, C, D, z, dt_bias, initial, pre, dy, dfinal, dx_out)
-    launch = Launches(
-        device, "ssd_backward", config, document is None, dt_softplus, low, high,
-        *(signature(tensor) for tensor in inputs),
-    )  # fmt: skip
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial, pre, dout, dfinal)
+    limits = dt_softplus, low, high
+    few = c <= FEW_CHUNKS and x.dtype != torch.float32
+    config = _with_float_states(config, min(p, n)) if few else config
+    through_block, within_block = _head_blocks(config, h // g, b * c * g, n)
+    columns = n // min(config.through.n, n)
+    splits = h // g // within_block + h // g // through_block
     with on_device(device):
         padded = _padded_documents(document, c * q)
+        launch = Launches(
+            device, "ssd_backward", config, limits, signature(padded), signature(dx_out),
+            *map(signature, inputs),
+        )  # fmt: skip
         dx = dx_out
         if dx is None:
             dx = torch.empty(b, length, h, p, dtype=x.dtype, device=device)
         assert dx.shape == x.shape
         assert dx.stride(3) == 1
         dz = x.new_empty((0,) if z is None else (b, length, h, p))
-        if z is not None:
-            gated, dy = dy, torch.empty_like(dz)
-            launch(
-                kernels.gate_backward_kernel, (-(-length // 64), h, b),
-                gated, pre, z, dy, dz,
-                *gated.stride()[:3], *z.stride()[:3], *dy.stride()[:3], length,
-                Q=64, P=p, warps=4,
-            )  # fmt: skip
-        limits = (dt_softplus, low, high)
-        delta, cum = _steps(launch, dt, dt_bias, A, q, limits)
+        dy = dout if z is None else torch.empty_like(dz)
         dinitial = torch.empty(
             (0,) if initial is None else (b, h, p, n), dtype=torch.float32, device=device
         )
-        states, dstates = _states(
-            launch, config.states_backward, config.precision, q,
-            x, B, dy, C, delta, cum, padded, initial, dfinal, None, dinitial,
-        )  # fmt: skip
-
-        through, within = config.through, config.within
-        if states.dtype != x.dtype:
-            through = within = Blocks(warps=8 if min(p, n) >= 64 else 4, stages=1, n=64)
-        n_block = min(through.n, n)
-        columns = n // n_block
-        through_block = heads_per_program(h // g, 2 * columns * b * c * g, through.programs)
-        within_block = heads_per_program(h // g, b * c * g, within.programs)
-        within_splits = h // g // within_block
-        splits = within_splits + h // g // through_block
+        states = torch.empty(b, c, h, p, n, dtype=torch.float32 if few else x.dtype, device=device)
+        dstates = torch.empty_like(states)
         # Partial sums of dB and dC: those from inside the chunks, then those through states.
         sums = torch.empty(2, splits, b, length, g, n, dtype=torch.float32, device=device)
-        # For every position: gradients of Δ and cum, x·dy, and those through the states.
-        along = torch.empty(3 + 2 * columns, *cum.shape, dtype=torch.float32, device=device)
-        ddelta, dcum, skips, dleave = along[0], along[1], along[2], along[3]
-        denter = along[3 + columns]
+        # For every position: Δ and cum, gradients of both, x·dy, and those through the states.
+        along = torch.empty(5 + 2 * columns, b, h, c * q, dtype=torch.float32, device=device)
         partials = torch.empty(3, b * c, h, dtype=torch.float32, device=device)
-        no = delta
-        documents = no if padded is None else padded
-        shape = (length, h, g, c, h // g)
-        strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
-        launch(
-            kernels.through_states_kernel, (2 * columns * (h // through_block), c, b),
-            x, B, C, dy, delta, cum, documents, states, dstates,
-            sums[0, within_splits], sums[1, within_splits], denter, dleave,
-            *strides, *shape, through_block, b,
-            HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n, N_BLOCK=n_block,
-            PRECISION=config.precision, STAGES=through.stages,
-            warps=through.warps, stages=through.stages,
-        )  # fmt: skip
-        launch(
-            kernels.within_kernel, (h // within_block, c, b),
-            x, B, C, dy, delta, cum, no if D is None else D, documents, dstates,
-            dx, sums[0], sums[1], ddelta, dcum, skips,
-            *strides, *dx.stride()[:3], *shape, within_block, b,
-            HAS_D=D is not None, HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n,
-            PRECISION=config.precision, STAGES=within.stages,
-            warps=within.warps, stages=within.stages,
-        )  # fmt: skip
         ddt = torch.empty(b, length, h, dtype=dt.dtype, device=device)
-        launch(
-            kernels.steps_backward_kernel, (c, b, -(-h // STEP_HEADS)),
-            dt, no if dt_bias is None else dt_bias, A, delta, ddelta, dcum, dleave, denter, skips,
-            ddt, partials[0], partials[1], partials[2],
-            *dt.stride(), length, h, c, delta.numel(), low, high,
-            HAS_BIAS=dt_bias is not None, HAS_D=D is not None, SOFTPLUS=dt_softplus,
-            CLAMP=limit_binds(*limits), Q=q, HEAD_BLOCK=STEP_HEADS, COLUMNS=columns, warps=4,
-        )  # fmt: skip
         dB = torch.empty(b, length, g, n, dtype=B.dtype, device=device)
         dC = torch.empty_like(dB)
-        launch(
-            kernels.reduce_kernel, (-(-dB.numel() // 1024), 2, 1),
-            sums, dB, dC, dC, dB.numel(), splits,
-            SECOND=True, THIRD=False, BLOCK=1024, SPLIT_BLOCK=1, warps=4,
-        )  # fmt: skip
         dA = torch.empty_like(A)
         dbias = A.new_empty(0) if dt_bias is None else torch.empty_like(dt_bias)
         dD = A.new_empty(0) if D is None else torch.empty_like(D)
-        launch(
-            kernels.reduce_kernel, (-(-h // 16), 3, 1),
-            partials, dA, dbias, dD, h, b * c,
-            SECOND=dt_bias is not None, THIRD=D is not None, BLOCK=16, SPLIT_BLOCK=128,
-            warps=4, variant="_vectors",
+        launch.run(
+            _launch_backward,
+            (
+                *inputs, padded, dx, dy, dz, dinitial, states, dstates, sums, along, partials,
+                ddt, dB, dC, dA, dbias, dD,
+            ),
+            config, limits, (through_block, within_block),
         )  # fmt: skip
     return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+@lru_cache
+def _with_float_states(config: Config, smaller: int) -> Config:
+    """Return how the backward pass is launched where states are float32 beside a half dtype.
+
+    Args:
+        config: How it is otherwise.
+        smaller: The smaller side of a state.
+    """
+    blocks = Blocks(warps=8 if smaller >= 64 else 4, stages=1, n=64)
+    return dataclasses.replace(config, through=blocks, within=blocks)
+
+
+@lru_cache(maxsize=4096)
+def _head_blocks(config: Config, heads_per_group: int, rows: int, n: int) -> tuple[int, int]:
+    """Return how many heads a program of ``through`` and of ``within`` treats."""
+    columns = n // min(config.through.n, n)
+    return (
+        heads_per_program(heads_per_group, 2 * columns * rows, config.through.programs),
+        heads_per_program(heads_per_group, rows, config.within.programs),
+    )
+
+
+def _launch_backward(
+    launch: Launches,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial: Tensor | None,
+    pre: Tensor,
+    dout: Tensor,
+    dfinal: Tensor | None,
+    padded: Tensor | None,
+    dx: Tensor,
+    dy: Tensor,
+    dz: Tensor,
+    dinitial: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    sums: Tensor,
+    along: Tensor,
+    partials: Tensor,
+    ddt: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+    dA: Tensor,
+    dbias: Tensor,
+    dD: Tensor,
+    config: Config,
+    limits: Limits,
+    head_blocks: tuple[int, int],
+) -> None:
+    kernels = _kernels("backward")
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    q = config.chunk
+    c = -(-length // q)
+    through, within = config.through, config.within
+    through_block, within_block = head_blocks
+    within_splits = h // g // within_block
+    n_block = min(through.n, n)
+    columns = n // n_block
+    delta, cum, ddelta, dcum, skips = along[:5]
+    dleave, denter = along[5], along[5 + columns]
+    no = delta
+    documents = no if padded is None else padded
+    if z is not None:
+        launch(
+            kernels.gate_backward_kernel, (-(-length // 64), h, b),
+            dout, pre, z, dy, dz,
+            *dout.stride()[:3], *z.stride()[:3], *dy.stride()[:3], length,
+            Q=64, P=p, warps=4,
+        )  # fmt: skip
+    _steps(launch, dt, dt_bias, A, q, limits, delta, cum)
+    _states(
+        launch, config.states_backward, config.precision, q,
+        x, B, dy, C, delta, cum, padded, initial, dfinal, None, dinitial, states, dstates,
+    )  # fmt: skip
+    shape = (length, h, g, c, h // g)
+    strides = (*x.stride()[:3], *B.stride()[:3], *C.stride()[:3], *dy.stride()[:3])
+    launch(
+        kernels.through_states_kernel, (2 * columns * (h // through_block), c, b),
+        x, B, C, dy, delta, cum, documents, states, dstates,
+        sums[0, within_splits], sums[1, within_splits], denter, dleave,
+        *strides, *shape, through_block, b,
+        HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n, N_BLOCK=n_block,
+        PRECISION=config.precision, STAGES=through.stages,
+        warps=through.warps, stages=through.stages,
+    )  # fmt: skip
+    launch(
+        kernels.within_kernel, (h // within_block, c, b),
+        x, B, C, dy, delta, cum, no if D is None else D, documents, dstates,
+        dx, sums[0], sums[1], ddelta, dcum, skips,
+        *strides, *dx.stride()[:3], *shape, within_block, b,
+        HAS_D=D is not None, HAS_DOCUMENTS=padded is not None, Q=q, P=p, N=n,
+        PRECISION=config.precision, STAGES=within.stages,
+        warps=within.warps, stages=within.stages,
+    )  # fmt: skip
+    launch(
+        kernels.steps_backward_kernel, (c, b, -(-h // STEP_HEADS)),
+        dt, no if dt_bias is None else dt_bias, A, delta, ddelta, dcum, dleave, denter, skips,
+        ddt, partials[0], partials[1], partials[2],
+        *dt.stride(), length, h, c, delta.numel(), *limits[1:],
+        HAS_BIAS=dt_bias is not None, HAS_D=D is not None, SOFTPLUS=limits[0],
+        CLAMP=limit_binds(*limits), Q=q, HEAD_BLOCK=STEP_HEADS, COLUMNS=columns, warps=4,
+    )  # fmt: skip
+    launch(
+        kernels.reduce_kernel, (-(-dB.numel() // 1024), 2, 1),
+        sums, dB, dC, dC, dB.numel(), sums.shape[1],
+        SECOND=True, THIRD=False, BLOCK=1024, SPLIT_BLOCK=1, warps=4,
+    )  # fmt: skip
+    launch(
+        kernels.reduce_kernel, (-(-h // 16), 3, 1),
+        partials, dA, dbias, dD, h, b * c,
+        SECOND=dt_bias is not None, THIRD=D is not None, BLOCK=16, SPLIT_BLOCK=128,
+        warps=4, variant="_vectors",
+    )  # fmt: skip
 
 
 def _fake_forward(
