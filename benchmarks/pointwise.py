@@ -366,7 +366,7 @@ def launches(operator: str) -> dict[str, list[Any]]:
         "backward": [
             norm.Blocks(warps, elements, programs, stages)
             for warps, elements, stages, programs in itertools.product(
-                (2, 4, 8, 16), (6, 12, 24), (1, 2, 3), (264, 528, 1056, 2112)
+                (2, 4, 8, 16), (6, 12, 16, 24), (1, 2, 3), (264, 396, 528, 1056, 2112)
             )
         ],
     }

@@ -2,14 +2,15 @@
 
     python -m benchmarks.training time --models mamba2_130m transformer_130m mamba2_1_3b@8
     python -m benchmarks.training losses --out losses.json --plot losses.png
+    python -m benchmarks.training compile-peer --jobs 16    what mamba-ssm's autotuning will
 
 A step is what the trainer does: bf16 autocast over float32 weights, loss on random tokens, backward
-pass, clipping, loss and norm read back, then AdamW (``--adamw``: PyTorch's fused one, or ours in
-one pass). Kernels' times are means of several steps under the profiler, so that clocks are those of
-a run; ``idle`` is what their timeline leaves open, with the longest gaps by the kernels around it.
-``mfu`` counts three forward passes of ``flops_per_token`` (products of the model and its operators;
-nothing for recomputation) against the rate of an 8192³ bf16 product measured in the same run over
-half a second; ``mfu_6n`` counts six times the parameters a token.
+pass, clipping, loss and norm read back, then AdamW (``--adamw``: ours in one pass, or PyTorch's
+fused one). Kernels' times are means of several steps under the profiler, so that clocks are those
+of a run; ``idle`` is what their timeline leaves open, with the longest gaps by the kernels around
+it. ``mfu`` counts three forward passes of ``flops_per_token`` (products of the model and its
+operators; nothing for recomputation) against the rate of an 8192³ bf16 product measured in the same
+run over half a second; ``mfu_6n`` counts six times the parameters a token.
 
 ``losses`` trains one model from the same weights on the same bytes several times: with the kernels
 and either AdamW, with PyTorch's operations in bf16 and in float32, and with mamba-ssm where it is
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import lzma
@@ -42,6 +44,7 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor, nn
 
 import mamba2lm
+from benchmarks.autotuning import compile_ahead, tune_briefly
 from benchmarks.measure import environment, need_gpu
 from mamba2lm.cli import CONFIGS, typed
 from mamba2lm.config import TrainConfig
@@ -49,6 +52,7 @@ from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.ops import causal_conv1d, kernels
 from mamba2lm.training.adamw import AdamW
 from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig, Optimizers
+from mamba2lm.training.parallelize import compile_blocks
 
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("loss", ("softmax", "nll", "logsumexp")),
@@ -156,7 +160,7 @@ def step_function(
     seq_idx: Tensor | None,
     *,
     rate: float = 1e-3,
-    adamw: AdamWImpl = AdamWImpl.torch,
+    adamw: AdamWImpl = AdamWImpl.auto,
 ) -> Callable[[], float]:
     """Return one training step without arguments; it returns the loss."""
     model = subject.model
@@ -262,7 +266,7 @@ def measure(
     compiled: bool = False,
     mean_document: int | None = None,
     keep_outputs: bool = False,
-    adamw: AdamWImpl = AdamWImpl.torch,
+    adamw: AdamWImpl = AdamWImpl.auto,
     steps: int = 6,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
@@ -288,8 +292,8 @@ def measure(
     ids = torch.randint(config.vocab_size or 0, (batch, length + 1), device="cuda")
     for block in subject.model.blocks if isinstance(subject.model, LanguageModel) else ():
         block.mixer.keep_outputs = keep_outputs
-        if compiled:
-            block.compile()
+    if compiled and isinstance(subject.model, LanguageModel):
+        compile_blocks(subject.model, ids.device)
     seq_idx = None if mean_document is None else documents(batch, length, mean_document)
     step = step_function(subject, ids, seq_idx, adamw=adamw)
     for _ in range(3):
@@ -353,7 +357,7 @@ def describe(row: dict[str, Any]) -> str:
         f" {word}" for word, on in (
             ("compiled", row["compiled"]), ("packed", row["mean_document"]),
             ("keeping outputs", row["keep_outputs"]),
-            ("AdamW in one pass", row["adamw"] != "torch"),
+            ("with PyTorch's AdamW", row["adamw"] == "torch"),
         )
         if on
     )  # fmt: skip
@@ -368,6 +372,7 @@ def describe(row: dict[str, Any]) -> str:
 
 def time_models(arguments: argparse.Namespace) -> None:
     """Measure every model that is asked for."""
+    tune_briefly()
     peak = product_rate()
     results: dict[str, Any] = {"environment": environment(), "peak_tflops": peak / 1e12, "rows": []}
     for entry in arguments.models:
@@ -385,6 +390,25 @@ def time_models(arguments: argparse.Namespace) -> None:
             arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def peer_pass(name: str, batch: int, length: int) -> None:
+    """Run one layer of mamba-ssm's model of a shape forward and back; it need not be right."""
+    changes = "model.n_layers=1", "model.vocab_size=512"
+    subject = Subject.peer(compose(name, *changes).model, length)
+    ids = torch.zeros(batch, length + 1, dtype=torch.int64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = subject.loss(ids, None)
+    loss.backward()
+
+
+def compile_peer(arguments: argparse.Namespace) -> None:
+    """Compile what the peer's autotuners will choose from when its models are timed."""
+    for entry in arguments.models:
+        name, _, batch = entry.partition("@")
+        work = functools.partial(peer_pass, name, int(batch or 16), arguments.length)
+        for line in compile_ahead(work, arguments.jobs):
+            sys.stdout.write(line[:300] + "\n")
 
 
 @contextlib.contextmanager
@@ -559,8 +583,12 @@ def main() -> int:
     timed.add_argument("--documents", type=int, help="mean length of packed documents")
     timed.add_argument("--compile", action="store_true")
     timed.add_argument("--keep-outputs", action="store_true")
-    timed.add_argument("--adamw", choices=[kind.value for kind in AdamWImpl], default="torch")
+    timed.add_argument("--adamw", choices=[kind.value for kind in AdamWImpl], default="auto")
     timed.add_argument("--out", type=Path)
+    compiled = commands.add_parser("compile-peer", help="compile what the peer's autotuners will")
+    compiled.add_argument("--models", nargs="+", default=["mamba2_130m"], help="NAME or NAME@BATCH")
+    compiled.add_argument("--length", type=int, default=2048)
+    compiled.add_argument("--jobs", type=int, default=1, help="processes that compile")
     compared = commands.add_parser("losses", help="train several ways and compare")
     compared.add_argument("--layers", type=int, default=8)
     compared.add_argument("--batch", type=int, default=8)
@@ -571,7 +599,10 @@ def main() -> int:
     compared.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     need_gpu(parser)
-    (time_models if arguments.command == "time" else compare_losses)(arguments)
+    commands_by_name = {
+        "time": time_models, "compile-peer": compile_peer, "losses": compare_losses
+    }  # fmt: skip
+    commands_by_name[arguments.command](arguments)
     return 0
 
 

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -33,6 +34,8 @@ T = TypeVar("T")
 
 # Windows are sorted by length within this many batches.
 _SORTED_BATCHES: Final = 16
+# Documents are encoded in groups of so many characters: some batches, and work for every core.
+_GROUP_CHARACTERS: Final = 1 << 19
 
 
 @dataclass
@@ -243,15 +246,15 @@ def tokenize(
     """Yield each document's text with its ids, separator not included, up to a limit.
 
     The document that would pass the limit is cut where its text and its ids agree, so that words
-    and bytes are those of what is scored.
+    and bytes are those of what is scored. Documents are encoded many at a time, on all cores, while
+    those before them are used: one after the other, a GPU would wait for them.
     """
     left = math.inf if max_tokens is None else max_tokens
-    for text in documents:
-        ids = _encode(tokenizer, text)
+    for text, ids in _encoded_ahead(documents, tokenizer):
         if len(ids) > left:
             # A character whose bytes are cut in two decodes to U+FFFD, which is no part of it.
             text = tokenizer.decode(ids[: int(left)]).rstrip("\ufffd")
-            ids = _encode(tokenizer, text)
+            [ids] = _encode(tokenizer, [text])
             left = 0
         left -= len(ids)
         if ids:
@@ -340,8 +343,42 @@ def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(itertools.chain.from_iterable(tokenizer.encode_batch(list(tokenizer.pieces(text)))))
+def _encoded_ahead(
+    documents: Iterable[str], tokenizer: Tokenizer
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield each document with its ids, the next group being encoded meanwhile."""
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as thread:
+        waiting: list[tuple[list[str], Future[list[list[int]]]]] = []
+        for texts in _grouped(documents, _GROUP_CHARACTERS):
+            waiting.append((texts, thread.submit(_encode, tokenizer, texts)))
+            if len(waiting) > 1:
+                group, ids = waiting.pop(0)
+                yield from zip(group, ids.result(), strict=True)
+        for group, ids in waiting:
+            yield from zip(group, ids.result(), strict=True)
+
+
+def _grouped(documents: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Yield documents in groups of at least so many characters, the last one excepted."""
+    group: list[str] = []
+    held = 0
+    for text in documents:
+        group.append(text)
+        held += len(text)
+        if held >= characters:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts, long ones encoded in pieces."""
+    pieces = [tokenizer.pieces(text) for text in texts]
+    ids = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(pieces))))
+    return [
+        list(itertools.chain.from_iterable(itertools.islice(ids, len(each)))) for each in pieces
+    ]
 
 
 def _open(sources: Sequence[object], key: str, cache_dir: str | None) -> list[Source]:

@@ -360,9 +360,10 @@ class Attention(Mixer):
             and self.head_dim % 8 == 0
             and self.head_dim <= 256
             and compute_capability(q_blhp.device) >= 8
-            and not torch.compiler.is_compiling()
         )
 
+    # How many documents there are only the device knows, which parts the graph in any case.
+    @torch.compiler.disable()
     def _attend_documents(
         self, q_blhp: Tensor, k_blkp: Tensor, v_blkp: Tensor, document_bl: Tensor | None
     ) -> Tensor:

@@ -32,6 +32,7 @@ class TrainingConfig:
     making them again there: quicker, for more memory. Of Mamba layers on a GPU; null keeps them
     where two steps without have shown that there is room."""
     compile: bool = False
+    """Blocks through torch.compile; on a GPU not those of Mamba layers, which are one node each."""
     threads: int | None = None
     """CPU threads per process; null lets torch choose."""
     log_every: int = 10

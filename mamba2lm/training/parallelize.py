@@ -38,6 +38,18 @@ def start_accelerator() -> Accelerator:
     )
 
 
+def compile_blocks(model: LanguageModel, device: torch.device) -> None:
+    """Have torch.compile compile the blocks of a model in which it may find something to fuse.
+
+    Args:
+        model: Changed in place; one graph serves all alike blocks.
+        device: Where it will train. On a GPU, mixers that are one node of kernels stay as they are.
+    """
+    for block in model.blocks:
+        if device.type != "cuda" or not block.mixer.one_node_on_gpu:
+            block.compile()
+
+
 class ParallelModel:
     """A model as it trains on this process, among the others.
 
@@ -69,7 +81,7 @@ class ParallelModel:
             accelerator: Wraps the model where processes only replicate it.
             dtype: Of the matrix products; weights are gathered in it.
             activation_checkpointing: Keep each block's input alone and recompute in backward.
-            compile: Compile each block with torch.compile (one graph serves all alike blocks).
+            compile: Compile blocks with torch.compile; see ``compile_blocks``.
 
         Raises:
             ConfigError: Heads, groups or vocabulary do not divide, or a mixer cannot be divided.
@@ -78,8 +90,7 @@ class ParallelModel:
         self.layout: ModelLayout | None = None
         model.activation_checkpointing = activation_checkpointing
         if compile:
-            for block in model.blocks:
-                block.compile()
+            compile_blocks(model, accelerator.device)
         if mesh.parameters is None:
             model.to(accelerator.device)
             self.call: nn.Module = accelerator.prepare_model(model)

@@ -3,11 +3,14 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import eval.perplexity
 from eval.config import PerplexityConfig, Window
 from eval.perplexity import evaluate_perplexity, held_out_documents, tokenize, windows
 from mamba2lm.data import IGNORED, DataConfig, DataKind, Tokenizer
@@ -182,6 +185,30 @@ def test_a_limit_cuts_text_and_tokens_at_one_place() -> None:
     )
     ((text, ids),) = tokenize(texts, tokenizer, 30)
     assert (found.documents, found.tokens, found.bytes) == (1, len(ids), len(text.encode()))
+
+
+def test_documents_are_encoded_in_groups_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = helpers.tokenizer()
+    # Empty ones, and one of several pieces.
+    texts = [*DOCUMENTS, "", helpers.corpus()[:150_000], "", *(text[5:70] for text in DOCUMENTS)]
+    expected = [(text, tokenizer.encode(text)) for text in texts if text]
+    for characters in (1, 400, 1 << 19):
+        monkeypatch.setattr(eval.perplexity, "_GROUP_CHARACTERS", characters)
+        assert list(tokenize(texts, tokenizer)) == expected
+    assert list(tokenize([], tokenizer)) == []
+
+    # What cannot be read says so where it is used, and whoever stops early leaves no thread.
+    def broken() -> Iterator[str]:
+        yield DOCUMENTS[0]
+        raise ConfigError("data.sources[0]", "x", "cannot be read.")
+
+    with pytest.raises(ConfigError, match=r"^data\.sources\[0\]='x': cannot be read"):
+        list(tokenize(broken(), tokenizer))
+    stopped = iter(tokenize(texts, tokenizer))
+    next(stopped)
+    assert any(thread.name.startswith("tokenize") for thread in threading.enumerate())
+    stopped.close()  # type: ignore[attr-defined]
+    assert not any(thread.name.startswith("tokenize") for thread in threading.enumerate())
 
 
 def test_the_digest_tells_texts_and_their_boundaries_apart() -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from mamba2lm.models import LanguageModel
+from mamba2lm.models.language_model import Block
+from mamba2lm.training.parallelize import compile_blocks
 from tests.training.helpers import tiny_model
 
 
@@ -33,3 +35,26 @@ def test_compiled_blocks_compute_the_same(pattern: str, whole: bool) -> None:
         torch._dynamo.reset()
     for ours, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, wanted)
+
+
+def test_a_whole_compiled_model_computes_the_same() -> None:
+    model = tiny_model("AF")
+    ids = torch.randint(257, (2, 17), generator=torch.Generator().manual_seed(0))
+    expected = loss_and_gradients(model, ids)
+    try:
+        model.compile(backend="aot_eager", fullgraph=True)
+        found = loss_and_gradients(model, ids)
+    finally:
+        torch._dynamo.reset()
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+def test_on_a_gpu_mixers_of_one_node_are_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: set[str] = set()
+    monkeypatch.setattr(Block, "compile", lambda block: compiled.add(block.mixer.type_name))
+    model = tiny_model("MSAF")
+    compile_blocks(model, torch.device("cuda"))
+    assert compiled == {"attention", "mlp"}
+    compile_blocks(model, torch.device("cpu"))
+    assert compiled == {"mamba2", "mamba1", "attention", "mlp"}

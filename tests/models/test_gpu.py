@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mamba2lm.models import LanguageModel
+from mamba2lm.training.parallelize import compile_blocks
 from tests.models.small import small_config, tokens
 
 PATTERNS = ("MM", "SS", "MSAF")
@@ -58,16 +59,48 @@ def test_steps_equal_the_forward_pass(pattern: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_training_step_compiles_around_the_kernels() -> None:
-    model = small_wide("MM").to("cuda")
+@pytest.mark.parametrize("pattern", ["MM", "AF"])
+def test_a_training_step_compiles_around_the_kernels(pattern: str) -> None:
+    model = small_wide(pattern).to("cuda")
     ids = tokens(2, 129).cuda()
-    compiled = torch.compile(model)
-    with torch.autocast("cuda", torch.bfloat16):
-        eager = model(ids[:, :-1], ids[:, 1:]).loss
-        found = compiled(ids[:, :-1], ids[:, 1:]).loss
-    assert abs(eager.item() - found.item()) <= 1e-2
-    found.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    parameters = list(model.parameters())
+    results = []
+    for call in (model, torch.compile(model)):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = call(ids[:, :-1], ids[:, 1:]).loss
+        results.append((loss.item(), torch.autograd.grad(loss, parameters)))
+    (eager, expected), (found, gradients) = results
+    assert abs(eager - found) <= 1e-2
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert (gradient - wanted).norm() <= 5e-2 * wanted.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_blocks_run_on_the_kernels(packed: bool) -> None:
+    config = small_config("AF")
+    model = LanguageModel(config).to("cuda")
+    model.init_weights(0)
+    ids = tokens(2, 129).cuda()
+    seq_idx = torch.arange(128, device="cuda").div(50, rounding_mode="floor").expand(2, -1)
+    parameters = list(model.parameters())
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            compile_blocks(model, ids.device)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids[:, :-1], ids[:, 1:], seq_idx=seq_idx if packed else None).loss
+        results.append(torch.autograd.grad(loss, parameters))
+        activity = torch.profiler.ProfilerActivity.CUDA
+        with (
+            torch.autocast("cuda", torch.bfloat16),
+            torch.profiler.profile(activities=[activity]) as profile,
+        ):
+            model(ids[:, :-1], ids[:, 1:], seq_idx=seq_idx if packed else None)
+        names = {event.key for event in profile.key_averages()}
+        assert {"swiglu_kernel", "rotary_kernel", "rms_norm_kernel"} <= names
+    for gradient, wanted in zip(*results, strict=True):
+        assert (gradient - wanted).norm() <= 5e-2 * wanted.norm()
 
 
 @pytest.mark.gpu

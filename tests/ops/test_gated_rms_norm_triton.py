@@ -273,6 +273,8 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
     for width, launches, options in (
         (5120, (launch.FORWARD, launch.GATED_BACKWARD),
          {"GATED": True, "ADD": False, "HAS_DSUM": False, "TWO_DTYPES": False}),
+        (2048, (launch.FORWARD, launch.MIDDLE_GATED_BACKWARD),
+         {"GATED": True, "ADD": False, "HAS_DSUM": False, "TWO_DTYPES": False}),
         (768, (launch.FORWARD, launch.NARROWEST_BACKWARD),
          {"GATED": False, "ADD": True, "HAS_DSUM": True, "TWO_DTYPES": True}),
     ):  # fmt: skip
@@ -288,6 +290,13 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
             compile_kernel(
                 kernel, constants, {**types, "eps": "fp32"}, target, num_warps=blocks.warps
             )
+
+
+@pytest.mark.parametrize("width", [768, 1024, 1536, 2048])
+def test_gates_gradient_takes_a_row_at_a_time_in_few_registers(width: int) -> None:
+    blocks = launch.backward_blocks(width, gated=True)
+    rows = launch._rows_at_once(width, blocks)
+    assert width * rows <= 16 * 32 * blocks.warps  # 16 elements a thread: two programs fit
 
 
 def test_pipelining_stays_within_shared_memory() -> None:

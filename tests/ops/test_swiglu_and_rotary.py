@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from mamba2lm.ops import kernels, rotary_heads, swiglu
+from mamba2lm.ops.rotary import launch as rotary_launch
 from mamba2lm.ops.rotary.reference import rotary_reference
+from mamba2lm.ops.swiglu import launch as gate_launch
 
 from .kernel_runs import (
+    COMPILER,
     DEVICE,
     FLOAT_LIMIT,
     TARGETS,
@@ -122,13 +125,44 @@ def test_one_gradient_alone_matches() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+@runs_kernels
+def test_operators_match_their_fakes_and_compile_whole() -> None:
+    pytest.importorskip("triton")
+    x = gate_inputs(4, 6)
+    angles = head_inputs(4, 2, 1, 6, 2, 1)
+    angles = angles[0], angles[1].float(), angles[2].float()
+    torch.library.opcheck(gate_launch.forward_op, (x.requires_grad_(),))
+    torch.library.opcheck(rotary_launch.forward_op, (angles[0].requires_grad_(), *angles[1:], 2, 1))
+
+    def results() -> list[Tensor]:
+        gates, heads = gate_results(x, "triton"), head_results(angles, 2, 1, "triton")
+        return [*gates.values(), *heads.values()]
+
+    def call(x: Tensor, qkv: Tensor) -> list[Tensor]:
+        parts = rotary_heads(qkv, *angles[1:], n_heads=2, n_kv_heads=1, impl="triton")
+        return [swiglu(x, impl="triton"), *parts]
+
+    leaves = [x.detach().requires_grad_(), angles[0].detach().requires_grad_()]
+    found = torch.compile(call, fullgraph=True, backend=COMPILER)(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(found[0].shape, generator=generator).to(x)
+    generator = torch.Generator().manual_seed(1)
+    gradients = [
+        torch.randn(y.transpose(1, 2).shape, generator=generator).to(y).transpose(1, 2)
+        for y in found[1:]
+    ]
+    dx, dqkv = torch.autograd.grad(found, leaves, [dy, *gradients])
+    for a, e in zip([found[0], dx, *found[1:], dqkv], results(), strict=True):
+        torch.testing.assert_close(a, e)
+
+
 @pytest.mark.skipif(
     kernels.INTERPRETED or torch.cuda.is_available(), reason="the same tests run directly"
 )
 def test_kernels_in_the_interpreter() -> None:
     """Run the tests above on a CPU, where Triton's interpreter stands in for the GPU."""
     pytest.importorskip("triton")
-    run_in_interpreter(__file__, "match", passed=7)
+    run_in_interpreter(__file__, "match", passed=8)
 
 
 @pytest.mark.gpu
@@ -174,9 +208,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
     if kernels.INTERPRETED:
         pytest.skip("the interpreter compiles nothing")
     from mamba2lm.ops.rotary import kernels as rotary
-    from mamba2lm.ops.rotary import launch as rotary_launch
     from mamba2lm.ops.swiglu import kernels as gate
-    from mamba2lm.ops.swiglu import launch as gate_launch
 
     blocks = {"ROWS": gate_launch.ROWS, "BLOCK": gate_launch.BLOCK, "UNIT": 8}
     for kernel in (gate.swiglu_kernel, gate.swiglu_backward_kernel):

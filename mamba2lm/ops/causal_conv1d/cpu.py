@@ -103,7 +103,9 @@ class _CausalConv(torch.autograd.Function):
             y_bld[special.rows_i, special.times_i] = y_id.to(y_bld.dtype)
         ctx.save_for_backward(x_bld, weight_dw, history_bwd, y_bld if silu else None)
         ctx.special, ctx.has_bias = special, bias_d is not None
-        return (F.silu(y_bld) if silu else y_bld).contiguous()
+        out_bld = F.silu(y_bld) if silu else y_bld
+        # Compiled by torch 2.11, what a call that copies nothing returns has no gradient.
+        return out_bld if out_bld.is_contiguous() else out_bld.contiguous()
 
     @staticmethod
     @once_differentiable

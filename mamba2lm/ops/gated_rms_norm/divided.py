@@ -147,7 +147,8 @@ def _forward(x: Tensor, z: Tensor, weight: Tensor, runs: Runs, eps: float) -> tu
     u_tkc = _gated(x, z, len(runs.mine))
     scale_tk = _scales(u_tkc.square().sum(dim=2), runs, eps)
     y = (u_tkc * scale_tk.unsqueeze(2)).view(x.shape) * weight.to(u_tkc.dtype)
-    return y.to(x.dtype), scale_tk
+    # Compiled by torch 2.11, what a cast to the same dtype returns has no gradient.
+    return y if y.dtype == x.dtype else y.to(x.dtype), scale_tk
 
 
 def _backward(

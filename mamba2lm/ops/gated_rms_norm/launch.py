@@ -41,6 +41,8 @@ class Blocks:
     """Programs there should be; each works through its share of the rows."""
     stages: int = 1
     """Depth of software pipelining over blocks of rows, where shared memory has the room."""
+    registers: int | None = None
+    """The most that a thread may use; None leaves it to the compiler."""
 
 
 FORWARD = Blocks(warps=8, elements=32, programs=4224, stages=3)
@@ -48,13 +50,18 @@ BACKWARD = Blocks(warps=4, elements=12, programs=264, stages=2)
 NARROW_BACKWARD = Blocks(warps=4, elements=24, programs=264, stages=3)
 NARROWEST_BACKWARD = Blocks(warps=2, elements=24, programs=264, stages=3)
 GATED_BACKWARD = Blocks(warps=8, elements=24, programs=264, stages=3)
+MIDDLE_GATED_BACKWARD = Blocks(warps=4, elements=16, programs=264, stages=3)
 NARROW_GATED_BACKWARD = Blocks(warps=4, elements=12, programs=264, stages=3)
 
 
 def backward_blocks(width: int, gated: bool) -> Blocks:
     """Return how the backward kernel is launched for groups of ``width`` channels."""
     if gated:
-        return NARROW_GATED_BACKWARD if width <= 1536 else GATED_BACKWARD
+        # One row at a time: with two a program takes so many registers that it has a multiprocessor
+        # to itself.
+        if width <= 1536:
+            return NARROW_GATED_BACKWARD
+        return MIDDLE_GATED_BACKWARD if width <= 2048 else GATED_BACKWARD
     if width <= 1024:
         return NARROWEST_BACKWARD
     return NARROW_BACKWARD if width <= 2560 else BACKWARD
@@ -202,7 +209,7 @@ def forward(
             _kernel("gated_rms_norm.forward", "rms_norm_kernel"), (programs * groups, 1, 1),
             x_rows, z_rows, residual_rows, weight.contiguous(), y, total, scale,
             *(stride // unit for stride in strides), rows, groups, steps, eps,
-            warps=blocks.warps,
+            warps=blocks.warps, registers=blocks.registers,
             GATED=z is not None, ADD=residual is not None, ROWS=block, WIDTH=group_size,
             PIECE=piece, PIECES=pieces, UNIT=unit,
             STAGES=_stages(blocks, block * piece * pieces, x, z, residual),
@@ -274,7 +281,7 @@ def backward(
             dy_rows, dtotal_rows, x_rows, z_rows, weight.contiguous(), scale,
             dx_rows, dz_rows, dresidual, y_rows, partial,
             *(stride // unit for stride in strides), rows, groups, steps,
-            warps=blocks.warps,
+            warps=blocks.warps, registers=blocks.registers,
             GATED=z is not None, HAS_DSUM=dtotal is not None, TWO_DTYPES=two,
             WANT_Y=y_out is not None, ROWS=block, WIDTH=group_size, PIECE=piece, PIECES=pieces,
             UNIT=unit,

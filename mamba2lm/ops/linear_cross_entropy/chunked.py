@@ -141,7 +141,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 loss_s, logits_sv = softmax_gradient_torch(
                     logits_sv, labels_s, vocab_size, ignore_index, learns
                 )
-            loss += loss_s.sum()
+            loss = loss + loss_s.sum()  # in place it has no gradient, compiled by torch 2.11
             if dhidden_td is None or dweight_vd is None:
                 continue
             torch.mm(logits_sv, head_vd, out=dhidden_td[start : start + step])

@@ -1,4 +1,4 @@
-"""Launch the rotation's Triton kernel, as an autograd function over a fused projection.
+"""Launch the rotation's Triton kernel over a fused projection, with its gradient.
 
 Triton itself is imported on the first launch, so that this module imports everywhere.
 
@@ -9,6 +9,7 @@ c channels of the projection (q, k and v side by side).
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -69,38 +70,137 @@ def rotate(
         )  # fmt: skip
 
 
-class _RotaryHeads(torch.autograd.Function):
+def forward(
+    qkv_blc: Tensor, cos_blr: Tensor, sin_blr: Tensor, h: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """Return queries (b, l, h, p) and keys (b, l, k, p) of a projection, rotated."""
+    q_blhp, k_blkp, _ = _heads(qkv_blc, h, k)
+    turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_blhp, k_blkp)]
+    for x, y in zip((q_blhp, k_blkp), turned, strict=True):
+        rotate(x, cos_blr, sin_blr, y)
+    return turned[0], turned[1]
+
+
+def backward(
+    dq_blhp: Tensor | None,
+    dk_blkp: Tensor | None,
+    dv_blkp: Tensor | None,
+    cos_blr: Tensor,
+    sin_blr: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    h: int,
+    k: int,
+) -> Tensor:
+    """Return the gradient of a projection of this shape (b, l, c), contiguous.
+
+    Args:
+        dq_blhp: Gradient of the rotated queries; None is zero, here and below.
+        dk_blkp: Of the rotated keys.
+        dv_blkp: Of the values.
+        cos_blr: As the forward pass had them.
+        sin_blr: The same.
+        shape: Of the projection.
+        dtype: Of the projection.
+        h: Query heads.
+        k: Key-value heads.
+    """
+    dqkv_blc = torch.empty(shape, dtype=dtype, device=cos_blr.device)
+    dq_out, dk_out, dv_out = _heads(dqkv_blc, h, k)
+    for gradient, out in ((dq_blhp, dq_out), (dk_blkp, dk_out)):
+        if gradient is None:
+            out.zero_()
+        else:
+            rotate(gradient, cos_blr, sin_blr, out, back=True)
+    if dv_blkp is None:
+        dv_out.zero_()
+    else:
+        dv_out.copy_(dv_blkp)
+    return dqkv_blc
+
+
+def _heads(qkv_blc: Tensor, h: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views of queries, keys and values in a projection."""
+    q_blhp, k_blkp, v_blkp = qkv_blc.unflatten(-1, (h + 2 * k, -1)).split([h, k, k], dim=2)
+    return q_blhp, k_blkp, v_blkp
+
+
+def _forward_apart(
+    qkv_blc: Tensor, cos_blr: Tensor, sin_blr: Tensor, h: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values too, a copy: a custom operator may not return a view of what it is given."""
+    v_blkp = _heads(qkv_blc, h, k)[2]
+    return (
+        *forward(qkv_blc, cos_blr, sin_blr, h, k),
+        v_blkp.clone(memory_format=torch.contiguous_format),
+    )
+
+
+forward_op = torch.library.custom_op("mamba2lm::rotary_heads", _forward_apart, mutates_args=())
+backward_op = torch.library.custom_op("mamba2lm::rotary_heads_backward", backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(
+    qkv_blc: Tensor, cos_blr: Tensor, sin_blr: Tensor, h: int, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, length, c = qkv_blc.shape
+    p = c // (h + 2 * k)
+    q_blhp, k_blkp, v_blkp = (qkv_blc.new_empty(b, length, heads, p) for heads in (h, k, k))
+    return q_blhp, k_blkp, v_blkp
+
+
+@backward_op.register_fake
+def _(
+    dq_blhp: Tensor | None,
+    dk_blkp: Tensor | None,
+    dv_blkp: Tensor | None,
+    cos_blr: Tensor,
+    sin_blr: Tensor,
+    shape: list[int],
+    dtype: torch.dtype,
+    h: int,
+    k: int,
+) -> Tensor:
+    return cos_blr.new_empty(shape, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv_blc, cos_blr, sin_blr, *ctx.heads = inputs
+    ctx.save_for_backward(cos_blr, sin_blr)
+    ctx.shape, ctx.dtype = qkv_blc.shape, qkv_blc.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    run: Callable[..., Tensor], ctx: Any, gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    dqkv_blc = run(*gradients, *ctx.saved_tensors, ctx.shape, ctx.dtype, *ctx.heads)
+    return dqkv_blc, None, None, None, None
+
+
+def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(backward_op, ctx, gradients)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same operator without the custom operator's dispatch, and with values left in place."""
+
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, qkv_blc: Tensor, cos_blr: Tensor, sin_blr: Tensor, h: int, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        heads_blhp = qkv_blc.unflatten(-1, (h + 2 * k, -1))
-        q, key, v = heads_blhp.split([h, k, k], dim=2)
-        turned = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, key)]
-        for x, y in zip((q, key), turned, strict=True):
-            rotate(x, cos_blr, sin_blr, y)
-        ctx.save_for_backward(cos_blr, sin_blr)
-        ctx.shape, ctx.dtype, ctx.heads = heads_blhp.shape, qkv_blc.dtype, (h, k)
-        ctx.set_materialize_grads(False)
-        return turned[0], turned[1], v
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = *forward(*inputs), _heads(inputs[0], *inputs[3:])[2]
+        _setup_context(ctx, inputs, output)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+        ctx: Any, *gradients: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        cos_blr, sin_blr = ctx.saved_tensors
-        h, k = ctx.heads
-        dqkv_blhp = torch.empty(ctx.shape, dtype=ctx.dtype, device=cos_blr.device)
-        parts = dqkv_blhp.split([h, k, k], dim=2)
-        for gradient, part in zip((dq, dk, dv), parts, strict=True):
-            if gradient is None:
-                part.zero_()
-            elif part is parts[2]:
-                part.copy_(gradient)
-            else:
-                rotate(gradient, cos_blr, sin_blr, part, back=True)
-        return dqkv_blhp.flatten(2), None, None, None, None
+        return _gradients(backward, ctx, gradients)
 
 
 def rotary_heads_triton(
@@ -111,4 +211,5 @@ def rotary_heads_triton(
     Differentiable once in ``qkv_blc``.
     """
     angles = (angle.to(torch.float32).contiguous() for angle in (cos_blr, sin_blr))
-    return _RotaryHeads.apply(qkv_blc, *angles, h, k)
+    run = forward_op if torch.compiler.is_compiling() else _Eager.apply
+    return run(qkv_blc, *angles, h, k)

@@ -6,7 +6,6 @@ c channels of the projection (q, k and v side by side).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape
@@ -32,13 +31,12 @@ def rotary_heads(
         sin: Sines, the same shape.
         n_heads: Query heads, h.
         n_kv_heads: Key-value heads, k.
-        impl: ``"auto"`` (the kernel on a GPU, except inside torch.compile, which fuses the
-            reference itself), ``"triton"`` or ``"reference"``.
+        impl: ``"auto"`` (the kernel on a GPU), ``"triton"`` or ``"reference"``.
 
     Returns:
         Queries (b, l, h, p), keys and values (b, l, k, p) in the dtype of ``qkv``; computed in
         float32 (float64 for float64). The first 2r channels of a head are rotated, channel i
-        with i + r. Values are a view of ``qkv``.
+        with i + r. Values are a view of ``qkv``, inside torch.compile a copy.
 
     Raises:
         ValueError: Shapes that do not fit, or an implementation that does not exist.
@@ -57,10 +55,7 @@ def rotary_heads(
             f"cos has {sizes['r']} angles a position (axis 2); heads of {sizes['c'] // heads} "
             "channels have fewer pairs."
         )
-    reason = no_kernels(qkv)
-    if torch.compiler.is_compiling():
-        reason = "torch.compile generates its own"
-    if choose_impl("rotary_heads", impl, qkv, unsupported=reason) == "triton":
+    if choose_impl("rotary_heads", impl, qkv, unsupported=no_kernels(qkv)) == "triton":
         return rotary_heads_triton(qkv, cos, sin, n_heads, n_kv_heads)
     q, k, v = qkv.unflatten(-1, (heads, -1)).split([n_heads, n_kv_heads, n_kv_heads], dim=2)
     return rotary_reference(q, cos, sin), rotary_reference(k, cos, sin), v

@@ -197,7 +197,8 @@ class _ChunkedSSD(torch.autograd.Function):
         for i in range(c):
             entering_bchpn[:, i] = carry_bhpn
             decayed_bhpn = carry_bhpn * plan.across_bch[:, i, :, None, None]
-            carry_bhpn = decayed_bhpn.add_(states_bchpn[:, i])
+            # In place the last has no gradient, compiled by torch 2.11.
+            carry_bhpn = decayed_bhpn + states_bchpn[:, i]
         entering_zgmn = entering_bchpn.view(z, g, r * p, n)
 
         # Steps 1 and 4: outputs, slab by slab.

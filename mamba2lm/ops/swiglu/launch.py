@@ -1,4 +1,4 @@
-"""Launch the gate's Triton kernels, as an autograd function.
+"""Launch the gate's Triton kernels, as PyTorch custom operators with gradients.
 
 Triton itself is imported on the first launch, so that this module imports everywhere.
 
@@ -67,7 +67,34 @@ def backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
-class _SwiGLU(torch.autograd.Function):
+forward_op = torch.library.custom_op("mamba2lm::swiglu_forward", forward, mutates_args=())
+backward_op = torch.library.custom_op("mamba2lm::swiglu_backward", backward, mutates_args=())
+
+
+@forward_op.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+
+
+@backward_op.register_fake
+def _(dy: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dy: Tensor) -> Tensor:
+    return backward_op(dy, *ctx.saved_tensors)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The same operator without the custom operator's dispatch, which eager code need not pay."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x)
@@ -81,4 +108,4 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu_triton(x: Tensor) -> Tensor:
     """Return silu(gate) · up of x = [gate, up] (…, 2f) with the kernels; differentiable once."""
-    return _SwiGLU.apply(x)
+    return forward_op(x) if torch.compiler.is_compiling() else _Eager.apply(x)

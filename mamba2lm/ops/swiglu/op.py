@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mamba2lm.ops.dispatch import Impl, choose_impl
@@ -16,8 +15,7 @@ def swiglu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
 
     Args:
         x: (…, 2f).
-        impl: ``"auto"`` (the kernels on a GPU, except inside torch.compile, which fuses the
-            reference itself), ``"triton"`` or ``"reference"``.
+        impl: ``"auto"`` (the kernels on a GPU), ``"triton"`` or ``"reference"``.
 
     Returns:
         (…, f) in the dtype of x. The kernels round once, the reference after each operation.
@@ -27,9 +25,6 @@ def swiglu(x: Tensor, *, impl: Impl = "auto") -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"x has {x.shape[-1]} channels (last axis); expected gate and up, 2f.")
-    reason = no_kernels(x)
-    if torch.compiler.is_compiling():
-        reason = "torch.compile generates its own"
-    if choose_impl("swiglu", impl, x, unsupported=reason) == "triton":
+    if choose_impl("swiglu", impl, x, unsupported=no_kernels(x)) == "triton":
         return swiglu_triton(x)
     return swiglu_reference(x)
