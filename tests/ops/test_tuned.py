@@ -85,7 +85,7 @@ def test_kernels_tuned_without_their_companions_keep_the_chunk() -> None:
 
 def test_candidates_change_one_kernel_and_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "torch.cuda.get_device_properties", lambda *_: types.SimpleNamespace(major=9)
+        "torch.cuda.get_device_properties", lambda *_: types.SimpleNamespace(major=9, minor=0)
     )
     work = tuning_work(["S*"], ["fused", "states_backward"])
     assert [each.kernel_name for each in work] == ["fused", "states_backward"]
