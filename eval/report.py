@@ -299,6 +299,7 @@ def _draw(folder: Path, results: Mapping[str, Mapping[str, TaskResult]]) -> list
     """Draw every figure with the curves of all runs; return titles and files."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     together: dict[str, list[tuple[str, Curve]]] = {}
     for run, found in results.items():
@@ -316,6 +317,8 @@ def _draw(folder: Path, results: Mapping[str, Mapping[str, TaskResult]]) -> list
         first = curves[0][1]
         if first.log_x:
             axes.set_xscale("log", base=2)
+        else:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10M tokens
         if first.y_label == "accuracy":
             axes.set_ylim(-0.03, 1.03)
         axes.set(title=title, xlabel=first.x_label, ylabel=first.y_label)
