@@ -23,6 +23,7 @@ from mamba2lm.host import tune_host
 from mamba2lm.inference.engine import Engine
 from mamba2lm.inference.loading import LoadedRun, load_run
 from mamba2lm.inference.sampling import SamplingConfig
+from mamba2lm.jobs import EXIT_REQUEUE
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.models.checkpoint import TOKENIZER, read_config
 from mamba2lm.models.lora import add_lora
@@ -31,7 +32,6 @@ from mamba2lm.training.checkpoint import SaveError
 from mamba2lm.training.dry_run import report_dry_run
 from mamba2lm.training.faults import (
     EXIT_DIVERGED,
-    EXIT_REQUEUE,
     EXIT_STOPPED,
     EXIT_UNSAVED,
     NonFiniteError,

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
+from benchmarks.autotuning import tune_briefly
 from eval.report import git_commit
 from mamba2lm import ops
 from mamba2lm.data import Tokenizer
@@ -364,18 +365,21 @@ def median_ms(once: Callable[[], object], repeats: int = 5) -> float:
 
 def peers(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
     """Time the same shapes in other programs, each with the fastest path it has here."""
-    for name, case in (("transformers", transformers_steps), ("mamba-ssm", mamba_ssm_steps)):
-        if chosen and name not in chosen:
+    presets = [name for name in chosen if name not in PEERS]
+    for name, case in PEERS.items():
+        if set(chosen) & set(PEERS) and name not in chosen:
             continue
         try:
-            yield from case(models)
+            yield from case(models, presets)
         except Exception as error:
             log.warning("%s cannot be timed here", name, exc_info=error)
             yield {"peer": name, "error": f"{type(error).__name__}: {error}"[:300]}
 
 
-def transformers_steps(models: Models) -> Iterator[dict[str, Any]]:
+def transformers_steps(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
     """Time transformers' Mamba-2 with our weights, and check that it computes the same."""
+    if chosen and "mamba2_130m" not in chosen:
+        return
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     model = models("mamba2_130m")
@@ -447,8 +451,9 @@ def mamba_ssm_module(name: str) -> Any:
     return importlib.import_module(f"mamba_ssm.{name}")
 
 
-def mamba_ssm_steps(models: Models) -> Iterator[dict[str, Any]]:
+def mamba_ssm_steps(models: Models, chosen: list[str]) -> Iterator[dict[str, Any]]:
     """Time mamba-ssm's own generation with its CUDA graph, and its reading of prompts."""
+    tune_briefly()  # its kernels for prompts
     missing = [name for name in ("selective_scan_cuda", "causal_conv1d") if not installed(name)]
     head_model: Any = mamba_ssm_module("models.mixer_seq_simple").MambaLMHeadModel
     configuration: Any = mamba_ssm_module("models.config_mamba").MambaConfig
@@ -456,6 +461,8 @@ def mamba_ssm_steps(models: Models) -> Iterator[dict[str, Any]]:
         ("mamba2_130m", 768, 24, (1, 64)),
         ("mamba2_2_7b", 2560, 64, (1, 64)),
     ):
+        if chosen and preset not in chosen:
+            continue
         config = configuration(
             d_model=width,
             n_layer=depth,
@@ -492,6 +499,9 @@ def mamba_ssm_steps(models: Models) -> Iterator[dict[str, Any]]:
         del theirs
         gc.collect()
         torch.cuda.empty_cache()
+
+
+PEERS = {"mamba-ssm": mamba_ssm_steps, "transformers": transformers_steps}
 
 
 @torch.inference_mode()
@@ -545,6 +555,14 @@ CASES: dict[str, Callable[[Models, list[str]], Iterator[dict[str, Any]]]] = {
 }
 
 
+def chosen(entry: dict[str, Any], only: list[str]) -> bool:
+    """Return whether an entry is one of those that are timed, by its peer and by its preset."""
+    peers, presets = set(only) & set(PEERS), set(only) - set(PEERS)
+    return (not peers or entry.get("peer") in peers) and (
+        not presets or entry.get("preset") in presets
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("cases", nargs="+", choices=[*CASES, "states", "plot"])
@@ -577,11 +595,7 @@ def main() -> None:
         results["torch"], results["commit"] = torch.__version__, git_commit()
         results["date"] = time.strftime("%Y-%m-%d")
         # What is timed again replaces what was timed before.
-        results[case] = [
-            entry
-            for entry in results.get(case, [])
-            if options.only and not {entry.get("preset"), entry.get("peer")} & set(options.only)
-        ]
+        results[case] = [e for e in results.get(case, []) if not chosen(e, options.only)]
         for entry in CASES[case](models, options.only):
             log.info("%s %s", case, {k: v for k, v in entry.items() if k != "longest"})
             results[case].append(entry)

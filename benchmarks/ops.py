@@ -22,7 +22,7 @@ import math
 import multiprocessing
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,13 +268,12 @@ def attention(inputs: dict[str, Tensor]) -> Tensor:
         return scaled_dot_product_attention(inputs["q"], inputs["k"], inputs["v"], is_causal=True)
 
 
-def time_lengths() -> list[dict[str, Any]]:
-    """Time 32K tokens (or one longer sequence) at lengths 2K to 256K, as a model of width 2048.
+def time_lengths(lengths: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Time 32K tokens (or one longer sequence) at some lengths, as a model of width 2048.
 
     Its SSD has 64 heads of 64, its attention 16 heads of 128.
     """
-    rows: list[dict[str, Any]] = []
-    for length in (2**k for k in range(11, 19)):
+    for length in lengths:
         b = max(1, 2**15 // length)
         row: dict[str, Any] = {"length": length, "batch": b}
         contenders: dict[str, tuple[Callable[..., Tensor], dict[str, Tensor]]] = {
@@ -293,12 +292,11 @@ def time_lengths() -> list[dict[str, Any]]:
             for which, run in passes(function, inputs, dy).items():
                 milliseconds = sum(kernel_times(run, repeats=5).values())
                 row[f"{name}_{which}_us_per_1k_tokens"] = milliseconds * 1e3 / (b * length / 1024)
-        rows.append(row)
         numbers = "  ".join(f"{k.removesuffix('_us_per_1k_tokens')} {v:.1f}"
                             for k, v in row.items() if k not in ("length", "batch"))  # fmt: skip
         sys.stdout.write(f"{length:7d}  microseconds per 1K tokens: {numbers}\n")
         sys.stdout.flush()
-    return rows
+        yield row
 
 
 def table(row: dict[str, Any]) -> str:
@@ -458,6 +456,8 @@ def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[s
             entry["ms"] = kernel_times(run, repeats=3)[KERNELS[kernel_name]]
         except Exception as error:  # what does not compile or fit is a result, recorded as one
             entry["error"] = f"{type(error).__name__}: {error}"[:200]
+        sys.stdout.write(f"{shape.name} {kernel_name} {json.dumps(entry)}\n")
+        sys.stdout.flush()
         found.append((entry["ms"], entry, config))
     found.sort(key=lambda each: each[0])
     settled: set[int] = set()
@@ -573,7 +573,7 @@ def tune_all(work: list[Work], out: Path | None, tuned: Path | None) -> list[dic
         results.setdefault(each.shape.name, {})[each.kernel_name] = found
         bases.setdefault(each.shape.name, each.base)
         rows.append({"shape": each.shape.name, "kernel": each.kernel_name, "found": found})
-        sys.stdout.write(f"{each.shape.name} {each.kernel_name} {json.dumps(found[0])}\n")
+        sys.stdout.write(f"best: {each.shape.name} {each.kernel_name} {json.dumps(found[0])}\n")
         sys.stdout.flush()
         if out:
             out.write_text(json.dumps(rows, indent=1) + "\n")
@@ -611,6 +611,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", help="names of shapes; default all")
     parser.add_argument("--kernels", nargs="*", help="names of kernels, for tune; default all")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--lengths", nargs="*", type=int, default=[2**k for k in range(11, 19)])
     parser.add_argument("--peer-chunks", nargs="*", type=int, default=[128, 256])
     arguments = parser.parse_args()
     need_gpu(parser)
@@ -630,9 +631,10 @@ def main() -> int:
         return int(not all(any(e.get("ok") for e in row["found"]) for row in rows))
     results: dict[str, Any] = {"environment": environment(), "rows": []}
     if arguments.command == "lengths":
-        results["rows"] = time_lengths()
-        if arguments.out:
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        for row in time_lengths(arguments.lengths):
+            results["rows"].append(row)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         return 0
     tune_briefly()
     failed = False

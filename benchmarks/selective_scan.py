@@ -239,6 +239,8 @@ def tune(shape: Shape, kernel: str, tried: Iterable[Config]) -> list[dict[str, A
             "ms": times.get(KERNELS[kernel], 0.0),
             "all_ms": sum(times.values()),
         }
+        sys.stdout.write(f"{shape.name} {kernel} {json.dumps(entry)}\n")
+        sys.stdout.flush()
         found.append((entry, config))
     found.sort(key=lambda each: each[0]["all_ms"])
     for entry, config in found:
@@ -297,8 +299,7 @@ def main() -> int:
             for name in arguments.kernels:
                 found = tune(shape, name, candidates(name, config_of(shape)))
                 results["rows"].append({"shape": shape.name, "kernel": name, "found": found})
-                for entry in found[:4]:
-                    sys.stdout.write(f"{shape.name} {name} {json.dumps(entry)}\n")
+                sys.stdout.write(f"best: {shape.name} {name} {json.dumps(found[0])}\n")
         sys.stdout.flush()
         results["registers"] = registers()
         if arguments.out:

@@ -3,6 +3,8 @@
     python -m benchmarks.serving --preset mamba2_130m --out results.json     on a GPU
     python -m benchmarks.serving --step-ms 0.93 --out results.json           anywhere
 
+One engine runs the requests offline and then for each number of clients; every figure is written
+as soon as it is known, and the log tells where the seconds before it went.
 With ``--step-ms`` a stand-in for the model draws tokens at that pace and leaves the processor
 alone, as a GPU does: what is then measured is the server. Clients are processes of their own.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -27,6 +30,9 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers
 
+from benchmarks import measure
+from benchmarks.generation import build
+from eval.report import git_commit
 from mamba2lm.data import Tokenizer
 from mamba2lm.data.tokenizer import END_OF_TEXT, byte_characters
 from mamba2lm.inference import Engine, Request, SamplingConfig
@@ -226,33 +232,42 @@ def streamed(
 
 
 def compare(
-    engine: Engine, *, clients: int, requests: int, processes: int, longest: int
-) -> dict[str, Any]:
-    """Run the requests offline, then streamed."""
+    engine: Engine, *, clients: Sequence[int], requests: int, processes: int, longest: int
+) -> Iterator[dict[str, Any]]:
+    """Run the requests offline, then streamed to each number of clients; fewer ask for less."""
     asked = asked_for(requests, longest)
-    offline(engine, asked[:80])  # compiles
+    offline(engine, asked[: engine.max_rows])  # what is left to compile
     used = time.process_time()
     alone = offline(engine, asked)
     used = time.process_time() - used
-    found = streamed(engine, asked, clients, processes)
-    return {
-        "clients": clients,
-        "requests": requests,
-        "longest": longest,
-        **{name: round(value, 5) for name, value in found.items()},
+    tokens = sum(one["max_tokens"] for one in asked)
+    about = {"requests": requests, "longest": longest, "rows": engine.max_rows}
+    yield {
+        "clients": 0,
+        **about,
         "offline_tokens_per_second": round(alone),
-        "offline_us_per_token": round(used / found["new_tokens"] * 1e6, 3),
-        "share_of_offline": round(found["new_tokens_per_second"] / alone, 3),
+        "offline_us_per_token": round(used / tokens * 1e6, 3),
     }
+    for count in clients:
+        share = min(1.0, count / engine.max_rows)
+        some = asked[: max(count, round(requests * share))]
+        found = streamed(engine, some, count, min(processes, count))
+        yield {
+            "clients": count,
+            **about,
+            "requests": len(some),
+            **{name: round(value, 5) for name, value in found.items()},
+            "share_of_offline": round(found["new_tokens_per_second"] / alone, 3),
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--preset", help="a model with random weights, on the GPU")
+    parser.add_argument("--preset", nargs="*", help="models with random weights, on the GPU")
     parser.add_argument("--state-dtype", default="auto")
     parser.add_argument("--step-ms", type=float, help="a stand-in that takes so long a step")
-    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--clients", nargs="*", type=int, default=[64], help="at once")
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--longest", type=int, default=400, help="most new tokens of a request")
     parser.add_argument("--processes", type=int, default=2, help="that the clients run in")
@@ -260,30 +275,42 @@ def main() -> None:
     if (options.preset is None) == (options.step_ms is None):
         parser.error("give one of --preset and --step-ms")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.info("imports took %.1f s of processor time", time.process_time())
+    rows = max(options.clients)
     about: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    if options.preset is not None:
-        from benchmarks.generation import build
-        from eval.report import git_commit
-
-        engine = Engine(
-            build(options.preset, "cuda"), wordy_tokenizer(), max_rows=options.clients,
-            state_dtype=options.state_dtype,
-        )  # fmt: skip
-        about |= {"preset": options.preset, "state": options.state_dtype, "commit": git_commit(),
-                  "device": torch.cuda.get_device_name()}  # fmt: skip
-    else:
-        engine = PacedEngine(options.step_ms, options.clients)
-        about |= {"step_ms": options.step_ms}
-    entry = about | compare(
-        engine,
-        clients=options.clients,
-        requests=options.requests,
-        processes=options.processes,
-        longest=options.longest,
-    )
-    log.info("%s", entry)
     results = json.loads(options.out.read_text("utf-8")) if options.out.exists() else []
-    options.out.write_text(json.dumps([*results, entry], indent=1) + "\n", "utf-8")
+
+    def report(engine: Engine, about: dict[str, Any]) -> None:
+        figures = compare(
+            engine,
+            clients=options.clients,
+            requests=options.requests,
+            processes=options.processes,
+            longest=options.longest,
+        )
+        for figure in figures:
+            log.info("%s", about | figure)
+            results.append(about | figure)
+            options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+    if options.preset is None:
+        report(PacedEngine(options.step_ms, rows), about | {"step_ms": options.step_ms})
+        return
+    measure.need_gpu(parser)
+    for preset in options.preset:
+        began = time.perf_counter()
+        model = build(preset, "cuda")
+        torch.cuda.synchronize()
+        log.info("%s is on the GPU (%.1f s)", preset, time.perf_counter() - began)
+        engine = Engine(model, wordy_tokenizer(), max_rows=rows, state_dtype=options.state_dtype)
+        engine.warm_up()
+        ready = round(time.perf_counter() - began, 1)
+        more = {"preset": preset, "state": options.state_dtype, "commit": git_commit(),
+                "device": torch.cuda.get_device_name(), "seconds_to_ready": ready}  # fmt: skip
+        report(engine, about | more)
+        del engine, model
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@
 For every product of the models' steps and every number of rows, candidates are compared with the
 operators for the parts (a library's product among them), in whose place they are timed: a result
 that is further off than theirs is refused. Weights change from call to call so that they come from
-memory, as in a model. With ``--part I/N`` only compiles every N-th candidate, to fill Triton's
-cache from several processes first.
+memory, as in a model, and so does what a convolution remembers. The products that take most of a
+step come first, each is written as soon as it is known, and what the file knows of others stays.
+With ``--part I/N`` only compiles every N-th candidate, to fill Triton's cache from several
+processes first.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from mamba2lm.ops.linear_step.launch import Blocks
 
 log = logging.getLogger(__name__)
 
-MODELS = ("mamba2_130m", "mamba2_2_7b", "mamba1_130m", "mamba1_2_8b")
+MODELS = ("mamba2_2_7b", "mamba2_130m", "mamba1_2_8b", "mamba1_130m")
 PROCESSORS = 132
 """Of an H100."""
 STREAMED = 300e6
@@ -95,7 +97,10 @@ def candidates(product: Product, rows: int) -> list[Blocks]:
     ]
     if rows == 64 and not product.wide:
         # The rows as the left factor, and as many programs as there are processors, or two each.
-        for n, k, w, s in [(64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 8, 4), (32, 128, 4, 3)]:
+        flipped = [(64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 8, 4), (32, 128, 4, 3)]
+        if product.n > 8192:  # few programs, which read x less often and need more on its way
+            flipped.append((128, 64, 8, 6))
+        for n, k, w, s in flipped:
             programs, most = -(-product.n // n), min(16, -(-product.k // k))
             splits = {1}
             if programs < 100:
@@ -138,7 +143,11 @@ class Case:
             self.kept = randn(rows, 3, c)
             # Mamba-2's z comes before what is convolved; Mamba-1's after it.
             start = (n - c) // 2 if n % c else 0
-            self.given["convolution"] = Convolution(self.kept.clone(), randn(c, 4), randn(c), start)
+            taps, bias = randn(c, 4), randn(c)
+            self.convolutions = [
+                Convolution(self.kept.clone(), taps, bias, start) for _ in range(copies)
+            ]
+            self.given["convolution"] = self.convolutions[0]
 
     def result(self) -> list[Tensor]:
         """Return what one call leaves."""
@@ -150,7 +159,9 @@ class Case:
 
     def all(self) -> None:
         """Call it once with every weight."""
-        for weight in self.weights:
+        for i, weight in enumerate(self.weights):
+            if self.kept is not None:
+                self.given["convolution"] = self.convolutions[i]
             ops.linear_step(self.x, weight, **self.given)
 
 
@@ -166,9 +177,10 @@ def tune(product: Product, rows: int) -> dict[str, Any]:
     size = product.n * product.k * 2
     copies = max(2, min(24, int(STREAMED // size) + 1))
     # A library's product needs its inputs normalised.
-    case = Case(replace(product, scaled=False), rows, copies)
+    case = Case(product, rows, copies)
     library = leave_to_library(lambda: recorded_us(case.all, len(case.weights)))
-    if product.scaled:
+    if product.gated and launch.scales(rows):
+        product = replace(product, scaled=True)
         case = Case(product, rows, copies)
     expected = leave_to_library(case.result)
     timed: list[tuple[float, Blocks]] = []
@@ -208,44 +220,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--models", nargs="*", default=MODELS)
-    parser.add_argument("--rows", nargs="*", type=int, default=[1, 8, 64])
-    parser.add_argument(
-        "--scaled", action="store_true", help="state updates leave the squares of a gated norm"
-    )
+    parser.add_argument("--rows", nargs="*", type=int, default=[64, 8, 1])
+    parser.add_argument("--shapes", nargs="*", default=[], help="outputs x inputs: 10576x2560 …")
     parser.add_argument("--part", help="compile only, the I-th of N parts: I/N")
     parser.add_argument("--seconds", type=float, default=600, help="begin nothing new after these")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_grad_enabled(False)
-    # Products that several models share are one; a head's result is wide in all of them.
-    # The first of the models counts.
-    shapes = {(p.n, p.k): p for name in reversed(options.models) for p in products(name)}
-    if options.scaled:
-        shapes = {key: replace(p, scaled=p.gated) for key, p in shapes.items()}
-    work = [(product, rows) for rows in options.rows for product in shapes.values()]
+    # Products that several models share are one; a head's result is wide in all of them. The first
+    # of the models counts. A layer's largest products come first, in the models' order.
+    named: dict[tuple[int, int], Product] = {}
+    for name in options.models:
+        for product in sorted(products(name), key=lambda p: (p.wide, -p.n * p.k)):
+            named.setdefault((product.n, product.k), product)
+    shapes = [p for p in named.values() if not options.shapes or f"{p.n}x{p.k}" in options.shapes]
+    work = [(product, rows) for rows in options.rows for product in shapes]
     if options.part:
         place, parts = map(int, options.part.split("/"))
         each = [(product, rows, b) for product, rows in work for b in candidates(product, rows)]
         for product, rows, blocks in each[place::parts]:
+            product = replace(product, scaled=product.gated and launch.scales(rows))
             launch.override_blocks(blocks)
             try:
                 Case(product, rows, 1).result()
             except Exception as failure:
                 log.warning("%s cannot be launched: %s", blocks, str(failure)[:200])
         return
+    measure.need_gpu(parser)
+    if options.out is None:
+        parser.error("--out is missing")
     began = time.perf_counter()
-    results: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "shapes": []}
+    known: dict[tuple[int, int, int], dict[str, Any]] = {}
+    if options.out.exists():
+        entries = json.loads(options.out.read_text("utf-8"))["shapes"]
+        known = {(e["rows"], e["n"], e["k"]): e for e in entries}
     for product, rows in work:
         if time.perf_counter() - began > options.seconds:
             log.warning("out of time before %s of %d rows", product, rows)
             break
         entry = tune(product, rows)
         log.info("%s", entry)
-        results["shapes"].append(entry)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join("  " + json.dumps(entry) for entry in results["shapes"])
-    text = f'{{\n "gpu": {json.dumps(results["gpu"])},\n "shapes": [\n{lines}\n ]\n}}\n'
-    options.out.write_text(text, "utf-8")
+        known[rows, product.n, product.k] = entry
+        write(options.out, list(known.values()))
+
+
+def write(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Write the file that the operator reads, a shape a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join("  " + json.dumps(entry) for entry in entries)
+    gpu = json.dumps(torch.cuda.get_device_name())
+    path.write_text(f'{{\n "gpu": {gpu},\n "shapes": [\n{lines}\n ]\n}}\n', "utf-8")
 
 
 if __name__ == "__main__":

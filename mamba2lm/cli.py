@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.logging import RichHandler
 
+from mamba2lm.jobs import Ended, join_job, prepare_to_launch, run_job, runs_as_job
 from mamba2lm.schema import ConfigError, check_names, closest
 
 T = TypeVar("T")
@@ -48,17 +49,20 @@ def script(
     def decorate(main: Callable[[T], int | None]) -> Callable[[], None]:
         @functools.wraps(main)
         def run() -> None:
-            start_logging()
-            if os.environ.get("RANK", "0") != "0":
-                # Of processes that do one thing together the first one speaks.
-                sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+            begin_process()
+            prepare_to_launch()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to the clauses below
             ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
             composed: list[DictConfig] = []
 
             @functools.wraps(main)
             def keep(config: DictConfig) -> None:
-                composed.append(config)
+                if not runs_as_job():
+                    composed.append(config)
+                    return
+                join_job()
+                begin_process()
+                run_job(lambda: main(typed(config, schema)))
 
             entry = hydra.main(
                 version_base="1.3", config_path=str(CONFIGS), config_name=config_name
@@ -71,8 +75,14 @@ def script(
                     code = main(typed(config, schema)) or code
             except ConfigError as error:
                 fail(str(error))
+            except Ended as error:
+                code = error.code
             except (HydraException, OmegaConfBaseException) as error:
                 fail(explain(error, schema))
+            except RuntimeError as error:
+                if 'Could not detect "srun"' not in str(error):
+                    raise
+                fail("hydra/launcher=slurm: there is no srun here; start it where Slurm's is.")
             sys.exit(code)
 
         return run
@@ -111,9 +121,14 @@ def explain(error: Exception, schema: type) -> str:
         reasons.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(reasons)
-    if option := re.search(r"Could not find '(\w+)/(.*)'", text):
+    if option := re.search(r"Could not (?:find|load) '(\w+)/(.*)'", text):
         group, value = option.groups()
         names = text.partition(f"Available options in '{group}':")[2].partition("Config search")[0]
+        if "hydra/launcher/" in f"{group}/{value}":
+            return (
+                f"hydra/launcher: {value.rpartition('/')[2]!r} is not installed; "
+                "hydra-submitit-launcher brings it: pip install 'mamba2lm[slurm]'."
+            )
         hint = closest(value, names.split())
         return f"{group}={value!r}: no such option.{hint} Known: {', '.join(names.split())}."
     found = re.search(r"full_key: ([\w.]+)", text) or re.search(r"override '[+~]*([\w./]+)", text)
@@ -157,6 +172,13 @@ def fail(message: str) -> None:
     """Print one line on standard error and exit with code 2."""
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     sys.exit(EXIT_MISTAKE)
+
+
+def begin_process() -> None:
+    """Start logging; of processes that do one thing together the first one has the output."""
+    start_logging()
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def start_logging() -> None:

@@ -39,6 +39,10 @@ class ConfigError(ValueError):
         self.value = value
         self.remedy = remedy
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str]]:
+        """Let other processes have it whole."""
+        return type(self), (self.key, self.value, self.remedy)
+
 
 def closest(word: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the most similar candidate, or ``""``."""

@@ -15,9 +15,10 @@ PACKAGE = ROOT / "mamba2lm"
 FLOORS = {
     "schema": 0,
     "host": 0,
+    "jobs": 1,
     "ops": 1,
     "distributed": 1,
-    "cli": 1,
+    "cli": 2,
     "layers": 2,
     "models": 3,
     "data": 3,

@@ -166,6 +166,11 @@ class Batch:
         return any(slot.constraint is not None for slot in self.slots)
 
     @property
+    def step_rows(self) -> list[int]:
+        """All numbers of rows that a step may run over, once there is room for the most."""
+        return sorted({self._bucket(rows, self._max_rows) for rows in range(1, self._max_rows + 1)})
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the state buffers."""
         return self._state.nbytes
@@ -222,7 +227,10 @@ class Batch:
         self._allow(self.slots, 0)
         tokens = max(slot.tokens for slot in self.slots) + count
         features = self._needs = self._needs or self._features(self.slots)
-        rows, slots = self._bucket(len(self)), _slots_for(tokens) if self.grows else 0
+        rows, slots = (
+            self._bucket(len(self), self._capacity),
+            _slots_for(tokens) if self.grows else 0,
+        )
         once = self._once(rows, slots, features)
         if self._graphs is not None:
             scratch = self._once(rows, slots, features, scratch=True)
@@ -315,15 +323,15 @@ class Batch:
             self._model.vocab_size,
         )
 
-    def _bucket(self, rows: int) -> int:
-        """Return how many rows a step runs over, so that there are few shapes."""
+    def _bucket(self, rows: int, capacity: int) -> int:
+        """Return how many of so many rows a step runs over, so that there are few shapes."""
         if self._graphs is not None:
             bucket = 1 << (rows - 1).bit_length() if rows <= 16 else -(-rows // 16) * 16
         elif self._device.type == "cpu" and self._max_rows > 1:
             bucket = max(rows, _FEWEST_CPU_ROWS)
         else:
             bucket = rows
-        return min(bucket, self._capacity)
+        return min(bucket, capacity)
 
     def _make_room(self, rows: int, tokens: int) -> None:
         """Let the buffers hold so many rows of so many tokens; they at least double."""

@@ -137,6 +137,10 @@ class ServeConfig:
     """``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1`` …"""
     dtype: str = "auto"
     """``auto`` (bfloat16 on a GPU, else float32), ``float32``, ``bfloat16`` or ``float64``."""
+    warm_up: bool = True
+    """On a GPU: compile and record what requests need, and take the memory of ``max_rows`` rows,
+    before any request is taken. Without it the server is there sooner, and the first requests of
+    every kind wait."""
 
     def validate(self) -> None:
         """Check every value against its range.

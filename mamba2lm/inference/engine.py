@@ -16,6 +16,7 @@ Axes: b batch row, l length, v vocabulary.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections import deque
@@ -39,6 +40,7 @@ from mamba2lm.schema import ConfigError, closest
 log = logging.getLogger(__name__)
 
 STATE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+GREEDY = SamplingConfig(temperature=0.0)
 DELIVERY_SECONDS = 0.01
 # Rows from which on a GPU takes its next steps while the host looks at the last ones' tokens.
 _OVERLAPPED = 8
@@ -254,6 +256,46 @@ class Engine:
         """Advance until these jobs are done; others go on with them."""
         while not all(job.done for job in jobs):
             self.advance()
+
+    def warm_up(self) -> None:
+        """Compile, and record on a GPU, what requests will need, so that none waits for it.
+
+        Reads prompts of several lengths, alone and together, and decodes every number of rows that
+        steps run over, the largest first. What was read and drawn is forgotten. Where memory does
+        not suffice for ``max_rows``, the rest is left until it is needed.
+        """
+        assert self.idle
+        began = time.perf_counter()
+        before, budget = copy.deepcopy(self.stats), self.cache.budget
+        self.cache.budget = 0
+        try:
+            chunk = self._prefill.chunk
+            fits = all(
+                self._try(lengths, GREEDY) for lengths in ([17], [1], [40, 25], [chunk + 16])
+            )
+            log.info("prompts have been read (%.1f s)", time.perf_counter() - began)
+            limited = SamplingConfig(top_p=0.95)
+            for rows in reversed(self.batch.step_rows):
+                drawn = [GREEDY, SamplingConfig()]
+                drawn += [limited] if rows == self.max_rows else []
+                fits = fits and all(self._try([1], sampling, rows) for sampling in drawn)
+            seconds = time.perf_counter() - began
+            if fits:
+                log.info("steps of up to %d rows have been run (%.1f s)", self.max_rows, seconds)
+            else:
+                log.warning("not all that requests need could be tried (%.1f s)", seconds)
+        finally:
+            self.cache.budget = budget
+            vars(self.stats).update(vars(before))
+
+    def _try(self, lengths: Sequence[int], sampling: SamplingConfig, rows: int = 1) -> bool:
+        """Run requests of some prompts and two tokens; return whether all went well."""
+        jobs = [
+            self.submit(Request([0] * length, sampling, 2, range(rows), ignore_eos=True))
+            for length in lengths
+        ]
+        self.run(jobs)
+        return not any(job.error for job in jobs)
 
     def advance(self) -> None:
         """Admit what fits, read some of the prompts, and draw for every row that decodes.

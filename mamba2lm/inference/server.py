@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,7 @@ def main(config: ServeConfig) -> None:
             processes,
             "a server is one process; start it without torchrun, one for each GPU.",
         )
+    began = time.perf_counter()
     run = load_run(config.checkpoint, device=config.device, dtype=config.dtype)
     if run.tokenizer is None:
         raise ConfigError(
@@ -141,6 +143,9 @@ def main(config: ServeConfig) -> None:
         state_dtype=config.state_dtype,
         state_cache_bytes=config.state_cache_mib << 20,
     )
+    log.info("the model is on %s (%.1f s)", engine.device, time.perf_counter() - began)
+    if config.warm_up and engine.device.type == "cuda":
+        engine.warm_up()
     folder = Path(config.checkpoint).resolve()
     serve(config, engine, config.model_name or folder.name)
 

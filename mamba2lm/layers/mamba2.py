@@ -22,6 +22,7 @@ from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.initialization import sample_dt_bias
 from mamba2lm.layers.mamba2_fused import Divided, Sizes, fused_mamba2, unsupported
 from mamba2lm.layers.mixer import (
+    Carried,
     Mixer,
     MixerConfig,
     output_and_state,
@@ -299,25 +300,32 @@ class Mamba2(Mixer):
         return self.out_proj(self.norm(y_blhp.reshape(batch, length, self.d_inner), z_bli))
 
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._step(x_bd, state), state
+        return self._step(x_bd, state, None, None, Carried()), state
 
-    def step_block(self, x_bd: Tensor, norm: RMSNorm, state: State) -> tuple[Tensor, State]:
-        return self._step(x_bd, state, norm, residual_bd=x_bd), state
+    def step_block(
+        self, x_bd: Tensor, norm: RMSNorm, state: State, carried: Carried | None = None
+    ) -> tuple[Tensor, State]:
+        return self._step(x_bd, state, norm, x_bd, carried or Carried()), state
+
+    def takes_carried(self, x_bd: Tensor) -> bool:
+        return ops.carries_norm(x_bd, self.in_proj.weight)
 
     def _step(
         self,
         x_bd: Tensor,
         state: State,
-        norm: RMSNorm | None = None,
-        residual_bd: Tensor | None = None,
+        norm: RMSNorm | None,
+        residual_bd: Tensor | None,
+        carried: Carried,
     ) -> Tensor:
         """Run one token: three kernels on a GPU for few rows."""
         config = self.config
+        inputs_bd, begun = carried.begin(x_bd, norm)
         zxBCdt = ops.linear_step(
-            x_bd,
+            inputs_bd,
             self.in_proj.weight,
             self.in_proj.bias,
-            norm=None if norm is None else ops.Norm(norm.weight, norm.eps),
+            **begun,
             convolution=ops.Convolution(
                 state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias, start=self.d_inner
             ),
@@ -346,12 +354,12 @@ class Mamba2(Mixer):
             y_bhp, squares_bs = ops.ssd_state_update_normed(
                 *inputs, z=z_bhp, norm=self.norm.weight, **options
             )
-            return ops.linear_step(
+            return carried.end(
                 y_bhp.flatten(1),
                 self.out_proj.weight,
                 self.out_proj.bias,
+                residual_bd,
                 scale=ops.Scale(squares_bs, self.norm.eps, self.norm.group_size),
-                residual=residual_bd,
             )
         y_bhp, _ = ops.ssd_state_update(*inputs, in_place=True, **options)
         y_bi = y_bhp.flatten(1)
@@ -360,13 +368,13 @@ class Mamba2(Mixer):
             y_bi = self.norm(y_bi, z_bi)
         else:
             gate_norm = ops.Norm(self.norm.weight, self.norm.eps, self.norm.group_size)
-        return ops.linear_step(
+        return carried.end(
             y_bi,
             self.out_proj.weight,
             self.out_proj.bias,
+            residual_bd,
             norm=gate_norm,
             gate=None if gate_norm is None else z_bi,
-            residual=residual_bd,
         )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -263,7 +263,9 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
     z_bli, xBC_blc, dt_blh = sizes.split_projection(proj_blj)
     dproj_blj = torch.empty_like(proj_blj)
     dz_bli, dxBC_blc, ddt_blh = sizes.split_projection(dproj_blj)
-    dproj_blj[..., sizes.inner + sizes.convolved + sizes.heads :] = 0
+    used = sizes.inner + sizes.convolved + sizes.heads
+    if dproj_blj.shape[-1] > used:
+        dproj_blj[..., used:] = 0
 
     # Out of the block: dz lands in its place; the normalised output may be made again on the way.
     dout_td = dout_bld.reshape(-1, dout_bld.shape[-1])
@@ -306,23 +308,20 @@ def _backward(ctx: Any, dout_bld: Tensor) -> tuple[Tensor | None, ...]:
         )
         dlog_decay_bhl[..., -1] += dtotal_bh
     dconvolved_blc = torch.empty_like(convolved_blc)
-    dx_blhp, dB_out, dC_out = sizes.split_convolved(dconvolved_blc)
-    _, ddt, dA_h, dB, dC, dD_h, _, ddt_bias_h, _ = ssd.backward(
+    dx_blhp, dB_blgn, dC_blgn = sizes.split_convolved(dconvolved_blc)
+    _, _, dA_h, _, _, dD_h, _, ddt_bias_h, _ = ssd.backward(
         dy_blhp, dleft_bhpn, x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, None, dt_bias_h,
-        None, document_bl, pre, True, *sizes.dt_limit, dx_out=dx_blhp,
+        None, document_bl, pre, True, *sizes.dt_limit,
+        dx_out=dx_blhp, ddt_out=ddt_blh, dB_out=dB_blgn, dC_out=dC_blgn,
     )  # fmt: skip
     if dlog_decay_bhl is not None and dC_carried_blgn is not None:
-        dC += dC_carried_blgn
+        dC_blgn += dC_carried_blgn
         for total, more in zip(
-            (ddt, ddt_bias_h, dA_h),
+            (ddt_blh, ddt_bias_h, dA_h),
             _log_decay_gradients(dlog_decay_bhl, dt_blh, dt_bias_h, A_h, sizes),
             strict=True,
         ):
             total += more
-    # Small beside the rest: copied to their places.
-    ddt_blh.copy_(ddt)
-    dB_out.copy_(dB)
-    dC_out.copy_(dC)
     del convolved_blc, dy_bli, dy_blhp
     _, dconv_weight_cw, dconv_bias_c, dbefore_bwc = conv.backward(
         dconvolved_blc, None, xBC_blc, conv_weight_cw, conv_bias_c, before_bwc, document_bl, True,

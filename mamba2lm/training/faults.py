@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import signal
 import statistics
 from collections.abc import Iterator
@@ -17,8 +18,6 @@ log = logging.getLogger(__name__)
 
 EXIT_STOPPED = 75
 """Exit code after SIGTERM: saved, and ``resume=auto`` goes on from there (EX_TEMPFAIL)."""
-EXIT_REQUEUE = 76
-"""Exit code after SIGUSR1, which schedulers send ahead of a time limit: saved in the same way."""
 EXIT_UNSAVED = 4
 """Exit code when the last checkpoint could not be written; those before it are untouched."""
 EXIT_DIVERGED = 3
@@ -39,6 +38,8 @@ class StopRequests:
 
     def __init__(self) -> None:
         self._asked = 0
+        self._arrivals = -1
+        self._arrived = False
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
@@ -47,12 +48,32 @@ class StopRequests:
         def request(signum: int, frame: FrameType | None) -> None:
             self._asked = signum
 
+        # The handler runs in the main thread, once that is back from whatever it waits for. A
+        # signal's number is written to this pipe at once.
+        self._arrivals, writing = os.pipe()
+        for end in (self._arrivals, writing):
+            os.set_blocking(end, False)
+        woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         before = {number: signal.signal(number, request) for number in STOP_SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(woken)
+            for end in (self._arrivals, writing):
+                os.close(end)
+            self._arrivals = -1
+
+    def arrived(self) -> bool:
+        """Return whether this process was asked to stop; for a thread other than the main one.
+
+        Where ``flags`` waits for the main thread to hear of it, this does not.
+        """
+        with contextlib.suppress(BlockingIOError):
+            numbers = os.read(self._arrivals, 4096)
+            self._arrived |= any(number in STOP_SIGNALS for number in numbers)
+        return self._arrived
 
     def flags(self) -> list[float]:
         """Return this process's word, to be added over all processes."""

@@ -391,15 +391,20 @@ class Trainer:
         if self.world.size == 1:
             yield
             return
-        timeout = self.timeout
         watchdog = Watchdog(
-            store_of_run(timeout), rank=self.world.rank, size=self.world.size, timeout=timeout
+            store_of_run(self.timeout),
+            rank=self.world.rank,
+            size=self.world.size,
+            timeout=self.timeout,
+            told_to_stop=self.stops.arrived,
         )
         self.alive = watchdog.progress
+        finished = False
         try:
             yield
+            finished = True
         finally:
-            watchdog.close()
+            watchdog.close(finished=finished)
 
     @contextlib.contextmanager
     def _open_metrics(self) -> Iterator[Metrics | None]:

@@ -161,3 +161,25 @@ def test_a_stopped_process_is_named_and_a_second_run_refused(
     assert program.codes == [EXIT_UNANSWERED, -signal.SIGKILL], log
     assert "no progress for" in log
     assert "process 1 has not answered" in log
+
+
+def test_told_to_stop_no_process_waits_for_one_that_hangs(text: Path, tmp_path: Path) -> None:
+    # What a launcher does when a process dies, which over NCCL leaves the others in a collective;
+    # gloo would notice the death, so the other process is stopped.
+    run = tmp_path / "run"
+    program = Program(*command(text, run), processes=2)
+    try:
+        wait_until(lambda: step_of(program) > 2, program)
+        os.kill(program.pids[1], signal.SIGSTOP)
+        told = time.monotonic()
+        os.kill(program.pids[0], signal.SIGTERM)
+        wait_until(lambda: program.codes[0] is not None, program)
+        assert time.monotonic() - told < 60, "not parallel.timeout"
+        log = program.written().decode()
+    finally:
+        program.end()
+    assert program.codes == [EXIT_UNANSWERED, -signal.SIGKILL], log
+    assert "told to stop, and process 1 has not answered for 10 s" in log
+    found = newest_valid(run)
+    assert found is not None
+    assert int(found.name[-8:]) >= step_of(program) - 4

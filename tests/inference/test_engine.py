@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mamba2lm.inference import Engine, Event, Job, Request, SamplingConfig
+from mamba2lm.inference.request import EngineStats
+from mamba2lm.inference.sampling import SamplingRows
 from mamba2lm.models import LanguageModel, ModelState
 from mamba2lm.schema import ConfigError
 from tests.inference import helpers
@@ -130,6 +132,44 @@ def test_a_batch_gives_what_single_runs_give(pattern: str, sampling: SamplingCon
         assert single.token_ids == found.token_ids
         assert single.text == found.text
         assert single.finish_reason == found.finish_reason
+
+
+def test_warming_up_leaves_nothing_and_changes_nothing(
+    caplog: pytest.LogCaptureFixture, count_read: list[int]
+) -> None:
+    built = engine("MA", chunk=32, max_rows=6, state_cache_bytes=1 << 20)
+    with caplog.at_level("INFO"):
+        built.warm_up()
+    assert built.idle
+    assert not built.batch.slots
+    assert len(built.cache) == 0
+    assert built.cache.budget == 1 << 20
+    assert built.stats == EngineStats()
+    # A chunk and the rest of a longer prompt; a token for each of three numbers of rows, twice and
+    # for the largest thrice.
+    assert sum(count_read) == 17 + 1 + 40 + 25 + 48 + 2 * 3 + 1
+    assert "steps of up to 6 rows" in caplog.text
+    cold = engine("MA", chunk=32, max_rows=6)
+    found, wanted = (each.generate(PROMPTS, GREEDY, max_new_tokens=9) for each in (built, cold))
+    assert [c.token_ids for c in found] == [c.token_ids for c in wanted]
+
+
+def test_warming_up_says_what_did_not_fit(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = engine("M", max_rows=6)
+    grown = SamplingRows.grown
+
+    def short(rows: SamplingRows, capacity: int) -> SamplingRows:
+        if capacity > 4:
+            raise torch.OutOfMemoryError("no room")
+        return grown(rows, capacity)
+
+    monkeypatch.setattr(SamplingRows, "grown", short)
+    built.warm_up()
+    assert "not all that requests need could be tried" in caplog.text
+    assert built.idle
+    assert built.stats == EngineStats()
 
 
 @pytest.mark.parametrize("pattern", ["MSWF", "MA"])

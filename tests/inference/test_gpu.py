@@ -38,6 +38,19 @@ def test_draws_are_the_cpus() -> None:
     assert drawn("cuda") == drawn("cpu")
 
 
+def test_warming_up_records_every_number_of_rows() -> None:
+    built = engine("MM", max_rows=20)
+    built.warm_up()
+    assert built.batch.step_rows == [1, 2, 4, 8, 16, 20]
+    graphs = built.batch._graphs
+    assert graphs is not None
+    recorded = set(graphs._by_shape)
+    assert {rows for rows, _, _ in recorded} == set(built.batch.step_rows)  # type: ignore[misc]
+    built.generate(["Emma"] * 7, GREEDY, max_new_tokens=5)
+    assert set(graphs._by_shape) == recorded
+    assert built.batch._graphs is graphs
+
+
 @pytest.mark.parametrize("pattern", helpers.PATTERNS)
 def test_recorded_steps_draw_what_plain_ones_do(pattern: str) -> None:
     recorded = engine(pattern, max_rows=20, prefill_chunk=32)

@@ -488,6 +488,8 @@ def command(
     )  # fmt: skip
     assert process.stderr is not None
     line = process.stderr.readline()
+    assert re.search(r"the model is on cpu \(\d+\.\d s\)$", line.strip()), line
+    line = process.stderr.readline()
     found = re.search(r"serving austen on http://127\.0\.0\.1:(\d+)$", line.strip())
     assert found, line
     yield process, int(found[1])

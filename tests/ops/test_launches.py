@@ -119,7 +119,8 @@ def test_a_repeated_pass_starts_what_a_first_one_would(
         dfinal = torch.randn_like(final) if initial else None
         into = torch.empty(2, 1100, 5, 32, dtype=torch.bfloat16)[:, :, :4] if packed else None
         arguments: list[Any] = [torch.randn_like(y), dfinal, *drawn[:10], pre, *drawn[10:]]
-        ssd.backward(*arguments, dx_out=into)
+        steps = torch.empty(2, 1100, 9)[..., 2:6] if packed else None
+        ssd.backward(*arguments, dx_out=into, ddt_out=steps)
     forward = ["fused_kernel"] if config.fused else ["states_kernel", "scan_kernel"]
     assert compared == [
         "steps_kernel", *forward, *(["gate_backward_kernel"] if gate else []),

@@ -419,7 +419,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int], tmp_path: P
     config = choose_config(major, bits=16, rows=8, length=4096, p=64, n=64)
     shape = {
         "P": 64, "N": 64, "P_BLOCK": 64, "N_BLOCK": 64, "PRECISION": "ieee", "HEAD_BLOCK": 16,
-        "COLUMNS": 1, "BACKWARD": True, "SECOND": True,
+        "COLUMNS": 1, "BACKWARD": True, "SECOND": True, "WIDTH": 128,
         "THIRD": True, "BLOCK": 16, "SPLIT_BLOCK": 128, "SOFTPLUS": True, "CLAMP": True,
     }  # fmt: skip
     q, small = config.chunk, Blocks(stages=1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +109,27 @@ def test_a_signal_is_remembered_for_the_exit_code(tmp_path: Path, number: signal
     assert signal.getsignal(number) is signal.SIG_DFL
 
 
-def test_saving_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
+def test_a_thread_hears_of_a_signal_while_the_main_thread_waits() -> None:
+    stops = faults.StopRequests()
+    heard: list[tuple[bool, list[float]]] = []
 
+    def listen() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        heard.append((stops.arrived(), stops.flags()))
+
+    with stops.handled():
+        assert not stops.arrived()
+        thread = threading.Timer(0.1, listen)
+        thread.start()
+        # Outside the interpreter, as in a collective: no handler runs meanwhile.
+        ctypes.CDLL(None).usleep(600_000)
+        assert heard == [(True, [0.0, 0.0])]
+        thread.join()
+        assert stops.flags() == [0.0, 1.0]
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_saving_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
     run = tmp_path / "run"
     steps_before_release: list[int] = []

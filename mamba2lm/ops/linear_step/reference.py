@@ -66,6 +66,7 @@ def linear_step_composed(
     out_dtype: torch.dtype | None,
     impl: Impl,
     scale: Scale | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """Do the parts one by one, each operator with ``impl``; arguments as ``linear_step``."""
     if scale is not None:
@@ -84,7 +85,10 @@ def linear_step_composed(
     if plain and impl == "auto" and _accumulates(x, weight, residual):
         # The library's product adds to the stream, or leaves float32, in its own kernel.
         if residual is not None:
-            return torch.addmm(residual, x, weight.t(), out_dtype=residual.dtype)
+            dtype = residual.dtype
+            if in_place:
+                return torch.addmm(residual, x, weight.t(), out_dtype=dtype, out=residual)
+            return torch.addmm(residual, x, weight.t(), out_dtype=dtype)
         if out_dtype == torch.float32:
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
     y = F.linear(x, weight, bias)

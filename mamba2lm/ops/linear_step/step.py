@@ -6,7 +6,8 @@ Every part beside the product is optional. With few rows the time is that of rea
 program takes some outputs n of all rows and streams their rows of W; what it needs of x is small
 and comes from the cache. The scale of a norm is one number a row and group: it is applied to the
 sums, so the norm costs no pass of its own. Where the kernel before has multiplied by the norm's
-weight and left sums of squares (``SQUARES`` a group), that number is all that is left of the norm.
+weight and left sums of squares (``SQUARES`` a group), that number is all that is left of the norm;
+``rows_kernel`` leaves both to the product that follows where ``NEXT`` says so.
 A convolution's channel is an output, so the program that makes it also owns what it remembers.
 
 ``vector_kernel`` takes one row, with products in float32 outside the tensor cores; ``rows_kernel``
@@ -35,6 +36,9 @@ from mamba2lm.ops.selective_scan.forward import sigmoid
 
 LINE = tl.constexpr(64)
 """Elements of a cache line, if they are of two bytes."""
+
+MOST_EARLY = tl.constexpr(64)
+"""Parts of a norm's squares that are loaded before the products they are needed after."""
 
 
 @triton.jit
@@ -101,7 +105,7 @@ def finish(
     value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias, convolve what is to be convolved, add the residual, and store."""
+    """Add the bias, convolve what is to be convolved, add the residual, store, and return it."""
     bias, residual, taps, taps_bias, kept = around
     value += bias
     if TAPS > 0:
@@ -122,6 +126,32 @@ def finish(
         value = tl.where(convolved, total * sigmoid(total), value)
     value += residual
     tl.store(y_ptr + tl.cast(r, tl.int64) * n_size + n, value.to(y_ptr.dtype.element_ty), mask=mask)
+    return value
+
+
+@triton.jit
+def load_next(next_ptr, n, n_size, NEXT: tl.constexpr):
+    """Load the weight of the norm that follows."""
+    if NEXT:
+        return tl.load(next_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def leave(
+    value, weight, n, r, mask, normed_ptr, left_ptr, r_size, n_size,
+    ROWS: tl.constexpr, FLIP: tl.constexpr, NEXT: tl.constexpr,
+):  # fmt: skip
+    """Store results times the next norm's weight, and the sums of their squares of each row."""
+    if NEXT:
+        value = tl.where(mask, value, 0.0)
+        place = tl.cast(r, tl.int64) * n_size + n
+        tl.store(normed_ptr + place, (value * weight).to(normed_ptr.dtype.element_ty), mask=mask)
+        squares = tl.sum(value * value, axis=1 if FLIP else 0)
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        left_ptrs = left_ptr + row * tl.num_programs(0) + tl.program_id(0)
+        tl.store(left_ptrs, squares, mask=row < r_size)
 
 
 @triton.jit
@@ -150,15 +180,19 @@ def load_inputs(
 
 
 @triton.jit
-def scale_of(
-    squares_ptr, g: tl.constexpr, r, there, eps,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, SQUARES: tl.constexpr,
-):  # fmt: skip
-    """Return what the norm of a group multiplies rows by, from ``SQUARES`` parts of its squares."""
+def load_squares(
+    squares_ptr, g: tl.constexpr, r, there, GROUPS: tl.constexpr, SQUARES: tl.constexpr
+):
+    """Load the ``SQUARES`` parts of the squares of a group of rows."""
     BLOCK: tl.constexpr = triton.next_power_of_2(SQUARES)
     s = tl.arange(0, BLOCK)
     ptrs = squares_ptr + r[None, :] * (GROUPS * SQUARES) + (g * SQUARES + s[:, None])
-    squares = tl.load(ptrs, mask=(s < SQUARES)[:, None] & there[None, :], other=0.0)
+    return tl.load(ptrs, mask=(s < SQUARES)[:, None] & there[None, :], other=0.0)
+
+
+@triton.jit
+def scale_of(squares, eps, WIDTH: tl.constexpr):
+    """Return what a norm multiplies rows by."""
     return tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
 
 
@@ -210,8 +244,8 @@ def vector_kernel(
             sums *= tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
         if SQUARES > 0:
             r = tl.zeros((1,), tl.int32)
-            scale = scale_of(squares_ptr, g, r, r == 0, eps, GROUPS, WIDTH, SQUARES)
-            sums *= tl.sum(scale, axis=0)
+            parts = load_squares(squares_ptr, g, r, r == 0, GROUPS, SQUARES)
+            sums *= tl.sum(scale_of(parts, eps, WIDTH), axis=0)
         value += sums
     finish(value, around, n, 0, mask, y_ptr, kept_ptr, n_size, 0, start, channels, TAPS)
 
@@ -243,12 +277,14 @@ def last_sum(value, part_ptr, arrived_ptr, SPLIT: tl.constexpr):
 def rows_kernel(
     x_ptr, z_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
     taps_ptr, taps_bias_ptr, kept_ptr, squares_ptr, parts_ptr, arrived_ptr,
+    next_ptr, normed_ptr, left_ptr,
     r_size, n_size, k_size, x_r, z_r, residual_r, kept_r, start, channels, eps,
     NORMED: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, SQUARES: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, FLIP: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
+    SPLIT: tl.constexpr, FLIP: tl.constexpr, NEXT: tl.constexpr, AHEAD: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Make ``BLOCK_N`` outputs of up to ``ROWS`` rows; as ``vector_kernel`` otherwise.
 
@@ -263,6 +299,8 @@ def rows_kernel(
     rows_ptr = weight_ptr + tl.cast(tl.minimum(n, n_size - 1), tl.int64)[:, None] * k_size
     here = (r < r_size)[None, :]
     TILES: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    # Few parts wait in registers; many would take those that the products need.
+    EARLY_SQUARES: tl.constexpr = SQUARES > 0 and SQUARES <= MOST_EARLY
     if SPLIT == 1:
         first, last = 0, TILES
     else:
@@ -277,6 +315,8 @@ def rows_kernel(
         total = tl.zeros((ROWS, BLOCK_N) if FLIP else (BLOCK_N, ROWS), tl.float32)
         if NORMED:
             squares = tl.zeros((BLOCK_K, ROWS), tl.float32)
+        if EARLY_SQUARES:
+            parts = load_squares(squares_ptr, g, r, r < r_size, GROUPS, SQUARES)
         for i in tl.range(first, last, num_stages=STAGES):
             k = tl.arange(0, BLOCK_K) + i * BLOCK_K
             inside = k < WIDTH
@@ -303,7 +343,9 @@ def rows_kernel(
             scale = tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + eps)
             total *= scale[:, None] if FLIP else scale[None, :]
         if SQUARES > 0:
-            scale = scale_of(squares_ptr, g, r, r < r_size, eps, GROUPS, WIDTH, SQUARES)
+            if not EARLY_SQUARES:
+                parts = load_squares(squares_ptr, g, r, r < r_size, GROUPS, SQUARES)
+            scale = scale_of(parts, eps, WIDTH)
             total *= scale[:, None] if FLIP else scale[None, :]
         if g == 0:
             value = total
@@ -320,7 +362,11 @@ def rows_kernel(
             n_size, residual_r, kept_r, start, channels,
             HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
         )  # fmt: skip
-        finish(value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS)
+        weight = load_next(next_ptr, n, n_size, NEXT)
+        value = finish(
+            value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS
+        )
+        leave(value, weight, n, r, mask, normed_ptr, left_ptr, r_size, n_size, ROWS, FLIP, NEXT)
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part_ptr = parts_ptr + tl.cast(tile, tl.int64) * (SPLIT * BLOCK_N * ROWS)
@@ -331,9 +377,11 @@ def rows_kernel(
                 n_size, residual_r, kept_r, start, channels,
                 HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
             )  # fmt: skip
-            finish(
+            weight = load_next(next_ptr, n, n_size, NEXT)
+            value = finish(
                 value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS
             )
+            leave(value, weight, n, r, mask, normed_ptr, left_ptr, r_size, n_size, ROWS, FLIP, NEXT)
 
 
 @triton.jit

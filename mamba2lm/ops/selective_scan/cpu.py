@@ -151,5 +151,11 @@ class _SelectiveScan(torch.autograd.Function):
         )
 
 
-# Outside what torch.compile traces: it would unroll the loop over time.
-_apply: Any = torch.compiler.disable(_SelectiveScan.apply)
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+def _apply(*arguments: Any) -> Any:
+    """Apply the scan outside what torch.compile traces: it would unroll the loop over time.
+
+    ``torch.compiler.disable`` does the same, and imports the compiler at once: a second that every
+    program would wait.
+    """
+    return _SelectiveScan.apply(*arguments)

@@ -274,14 +274,14 @@ def gate_backward_kernel(
 def steps_backward_kernel(
     dt_ptr, bias_ptr, A_ptr, delta_ptr, ddelta_ptr, dcum_ptr, dleave_ptr, denter_ptr, skip_ptr,
     ddt_ptr, dA_ptr, dbias_ptr, dD_ptr,
-    dt_b, dt_l, dt_h, length, heads, chunks, sums_size, low, high,
+    dt_b, dt_l, dt_h, ddt_t, length, heads, chunks, sums_size, low, high,
     HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
     Q: tl.constexpr, HEAD_BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Collect the gradients of Δ and of the log decays into those of dt, A and dt_bias.
 
     dA, ddt_bias and dD (from the sums x·dy) are left as one partial sum per chunk. dleave and
-    denter come as COLUMNS partial sums, ``sums_size`` apart.
+    denter come as COLUMNS partial sums, ``sums_size`` apart; rows of ddt lie ``ddt_t`` apart.
     """
     c = tl.program_id(0)
     b = tl.cast(tl.program_id(1), tl.int64)
@@ -318,7 +318,7 @@ def steps_backward_kernel(
         gradient = tl.where((step >= low) & (step <= high), gradient, 0.0)
     if SOFTPLUS:
         gradient *= 1.0 / (1.0 + tl.exp(-v))
-    out = ((b * length + position[:, None]) * heads) + h[None, :]
+    out = (b * length + position[:, None]) * ddt_t + h[None, :]
     tl.store(ddt_ptr + out, gradient.to(ddt_ptr.dtype.element_ty), mask=valid)
     partial = (b * chunks + c) * heads + h
     tl.store(dA_ptr + partial, tl.sum(dlog_a * delta, axis=0), mask=real_head)
@@ -331,12 +331,14 @@ def steps_backward_kernel(
 
 @triton.jit
 def reduce_kernel(
-    partial_ptr, first_ptr, second_ptr, third_ptr, size, splits,
-    SECOND: tl.constexpr, THIRD: tl.constexpr, BLOCK: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
+    partial_ptr, first_ptr, second_ptr, third_ptr, size, splits, out_t,
+    SECOND: tl.constexpr, THIRD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum partial[k, splits, size] over its splits, in a fixed order, into the k-th output.
 
-    SECOND and THIRD say whether those outputs are wanted.
+    SECOND and THIRD say whether those outputs are wanted. Outputs are rows of WIDTH elements, which
+    lie ``out_t`` apart.
     """
     k = tl.program_id(1)
     i = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -348,9 +350,10 @@ def reduce_kernel(
         mask = (row < splits) & (i < size)[None, :]
         total += tl.load(base + row * size + i[None, :], mask=mask, other=0.0)
     out = tl.sum(total, axis=0)
+    at = i // WIDTH * out_t + i % WIDTH
     if k == 0:
-        tl.store(first_ptr + i, out.to(first_ptr.dtype.element_ty), mask=i < size)
+        tl.store(first_ptr + at, out.to(first_ptr.dtype.element_ty), mask=i < size)
     if SECOND and k == 1:
-        tl.store(second_ptr + i, out.to(second_ptr.dtype.element_ty), mask=i < size)
+        tl.store(second_ptr + at, out.to(second_ptr.dtype.element_ty), mask=i < size)
     if THIRD and k == 2:
-        tl.store(third_ptr + i, out.to(third_ptr.dtype.element_ty), mask=i < size)
+        tl.store(third_ptr + at, out.to(third_ptr.dtype.element_ty), mask=i < size)

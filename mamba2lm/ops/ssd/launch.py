@@ -290,6 +290,9 @@ def backward(
     low: float,
     high: float,
     dx_out: Tensor | None = None,
+    ddt_out: Tensor | None = None,
+    dB_out: Tensor | None = None,
+    dC_out: Tensor | None = None,
 ) -> Gradients:
     """Run the backward kernels.
 
@@ -299,6 +302,9 @@ def backward(
         pre: y before the gate, as ``forward`` returned it.
         dx_out: Where to write the gradient of x, (b, l, h, p) with unit stride on the last axis: a
             slice of a layer's fused gradient, for one. None allocates it.
+        ddt_out: The same for dt, (b, l, h): rows (h) lie at even distances.
+        dB_out: The same for B, (b, l, g, n): rows (g, n) are contiguous and lie at even distances.
+        dC_out: The same for C, with the strides of ``dB_out``.
 
     Other Args: as ``forward``.
 
@@ -326,8 +332,8 @@ def backward(
     with on_device(device):
         padded = _padded_documents(document, c * q)
         launch = Launches(
-            device, "ssd_backward", config, limits, signature(padded), signature(dx_out),
-            *map(signature, inputs),
+            device, "ssd_backward", config, limits, signature(padded),
+            *map(signature, (dx_out, ddt_out, dB_out, dC_out)), *map(signature, inputs),
         )  # fmt: skip
         dx = dx_out
         if dx is None:
@@ -346,9 +352,10 @@ def backward(
         # For every position: Δ and cum, gradients of both, x·dy, and those through the states.
         along = torch.empty(5 + 2 * columns, b, h, c * q, dtype=torch.float32, device=device)
         partials = torch.empty(3, b * c, h, dtype=torch.float32, device=device)
-        ddt = torch.empty(b, length, h, dtype=dt.dtype, device=device)
-        dB = torch.empty(b, length, g, n, dtype=B.dtype, device=device)
-        dC = torch.empty_like(dB)
+        ddt = _rows_out(ddt_out, (b, length, h), dt)
+        dB = _rows_out(dB_out, (b, length, g, n), B)
+        dC = _rows_out(dC_out, (b, length, g, n), B)
+        assert dC.stride() == dB.stride()
         dA = torch.empty_like(A)
         dbias = A.new_empty(0) if dt_bias is None else torch.empty_like(dt_bias)
         dD = A.new_empty(0) if D is None else torch.empty_like(D)
@@ -361,6 +368,17 @@ def backward(
             config, limits, (through_block, within_block),
         )  # fmt: skip
     return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
+
+
+def _rows_out(given: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return a tensor (b, l, …) to write to: new, or as given, whose rows lie at even distances."""
+    if given is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    assert given.shape == shape
+    assert given.dtype == like.dtype
+    assert given.stride(0) == shape[1] * given.stride(1) or shape[0] == 1
+    assert given.stride()[2:] == (*shape[3:], 1)
+    return given
 
 
 @lru_cache
@@ -469,19 +487,19 @@ def _launch_backward(
         kernels.steps_backward_kernel, (c, b, -(-h // STEP_HEADS)),
         dt, no if dt_bias is None else dt_bias, A, delta, ddelta, dcum, dleave, denter, skips,
         ddt, partials[0], partials[1], partials[2],
-        *dt.stride(), length, h, c, delta.numel(), *limits[1:],
+        *dt.stride(), ddt.stride(1), length, h, c, delta.numel(), *limits[1:],
         HAS_BIAS=dt_bias is not None, HAS_D=D is not None, SOFTPLUS=limits[0],
         CLAMP=limit_binds(*limits), Q=q, HEAD_BLOCK=STEP_HEADS, COLUMNS=columns, warps=4,
     )  # fmt: skip
     launch(
         kernels.reduce_kernel, (-(-dB.numel() // 1024), 2, 1),
-        sums, dB, dC, dC, dB.numel(), sums.shape[1],
-        SECOND=True, THIRD=False, BLOCK=1024, SPLIT_BLOCK=1, warps=4,
+        sums, dB, dC, dC, dB.numel(), sums.shape[1], dB.stride(1),
+        SECOND=True, THIRD=False, WIDTH=g * n, BLOCK=1024, SPLIT_BLOCK=1, warps=4,
     )  # fmt: skip
     launch(
         kernels.reduce_kernel, (-(-h // 16), 3, 1),
-        partials, dA, dbias, dD, h, b * c,
-        SECOND=dt_bias is not None, THIRD=D is not None, BLOCK=16, SPLIT_BLOCK=128,
+        partials, dA, dbias, dD, h, b * c, 1,
+        SECOND=dt_bias is not None, THIRD=D is not None, WIDTH=1, BLOCK=16, SPLIT_BLOCK=128,
         warps=4, variant="_vectors",
     )  # fmt: skip
 
