@@ -227,7 +227,7 @@ class Attention(Mixer):
         if state is None:
             if self._flashes(q_blhp, document_bl):
                 note_taken("attention", "flash by document")
-                y_blhp = self._attend_documents(q_blhp, k_blkp, v_blkp, document_bl)
+                y_blhp = self._attend_documents(q_blhp, k_blkp, v_blkp, seq_idx_bl)
             else:
                 mask = self._mask(new_l[None], new_l[None], document_bl)
                 y_blhp = self._attend(q_blhp, k_blkp, v_blkp, mask)
@@ -362,17 +362,18 @@ class Attention(Mixer):
             and compute_capability(q_blhp.device) >= 8
         )
 
-    # How many documents there are only the device knows, which parts the graph in any case.
+    # How many documents there are only the device knows, which parts a compiled graph in any case;
+    # out of it, layers share the answer.
     @torch.compiler.disable()
     def _attend_documents(
-        self, q_blhp: Tensor, k_blkp: Tensor, v_blkp: Tensor, document_bl: Tensor | None
+        self, q_blhp: Tensor, k_blkp: Tensor, v_blkp: Tensor, seq_idx_bl: Tensor | None
     ) -> Tensor:
         """Attend within each document, every one a sequence of its own: no mask, no work across."""
         batch, length = q_blhp.shape[:2]
-        if document_bl is None:
+        if seq_idx_bl is None:
             bounds = torch.arange(batch + 1, device=q_blhp.device, dtype=torch.int32) * length
         else:
-            bounds = document_bounds(document_bl)
+            bounds = document_bounds(document_ordinals(seq_idx_bl))
         shared = self.n_heads // self.n_kv_heads
         if shared > 1:
             k_blkp, v_blkp = (x.repeat_interleave(shared, dim=2) for x in (k_blkp, v_blkp))

@@ -44,7 +44,7 @@ def compute_capability(device: torch.device) -> int:
     """Return the major compute capability of an NVIDIA GPU, 0 for anything else."""
     if device.type != "cuda" or torch.version.hip is not None:
         return 0
-    return torch.cuda.get_device_capability(device)[0]
+    return torch.cuda.get_device_properties(device).major  # which torch.compile can trace
 
 
 _chain: bool | None = None

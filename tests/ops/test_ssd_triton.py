@@ -255,6 +255,27 @@ def test_tuned_float32_matches_the_reference(p: int, n: int) -> None:
 
 
 @pytest.mark.gpu
+def test_repeated_launches_take_the_tensors_at_hand() -> None:
+    """The second time, launches are repeated by address; a graph repeats them once more."""
+    for seed in (0, 1):
+        check_float32(draw(2, 200, 8, 32, 1, 32, seed=seed))
+    inputs = draw(2, 200, 8, 32, 1, 32, seed=2)
+    del inputs["initial_states"]
+    fresh = {name: torch.zeros_like(value) for name, value in inputs.items()}
+    tensors: Any = dict(fresh)
+    ssd(**tensors, dt_softplus=True, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ssd(**tensors, dt_softplus=True, impl="triton")
+    for name, value in inputs.items():
+        fresh[name].copy_(value)
+    graph.replay()
+    tensors = {name: value.double() for name, value in inputs.items()}
+    expected = ssd(**tensors, dt_softplus=True, impl="reference")
+    assert relative_error(y, expected) <= FLOAT_LIMIT
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [8, 600])
 @pytest.mark.parametrize("p", launch.HEAD_DIMS)
 @pytest.mark.parametrize("n", launch.STATES)

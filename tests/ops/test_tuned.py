@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def test_kernels_tuned_without_their_companions_keep_the_chunk() -> None:
 
 
 def test_candidates_change_one_kernel_and_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(
+        "torch.cuda.get_device_properties", lambda *_: types.SimpleNamespace(major=9, minor=0)
+    )
     work = tuning_work(["S*"], ["fused", "states_backward"])
     assert [each.kernel_name for each in work] == ["fused", "states_backward"]
     for each in work:
