@@ -45,6 +45,12 @@ def compile_blocks(model: LanguageModel, device: torch.device) -> None:
         model: Changed in place; one graph serves all alike blocks.
         device: Where it will train. On a GPU, mixers that are one node of kernels stay as they are.
     """
+    # Imported here: it brings the compiler.
+    from torch._functorch import config
+
+    # Graphs of torch 2.13, mostly those from its cache on disk, were seen to replay how outputs are
+    # views with shapes of random numbers, or to crash. Without replay the views are the same.
+    config.view_replay_for_aliased_outputs = False
     for block in model.blocks:
         if device.type != "cuda" or not block.mixer.one_node_on_gpu:
             block.compile()

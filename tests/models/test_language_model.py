@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.parallelize import compile_blocks
 from tests.models.small import PATTERNS, small_config, small_model, tokens
 
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -293,8 +294,7 @@ def test_compiled_blocks_compute_the_same() -> None:
     for compiled in (False, True):
         model = small_model("MA")
         if compiled:
-            for block in model.blocks:
-                block.compile()
+            compile_blocks(model, torch.device("cpu"))
         loss = model(ids_bl, labels_bl, seq_idx=torch.tensor([[0] * 25 + [1] * 15] * 2)).loss
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
