@@ -121,13 +121,14 @@ def explain(error: Exception, schema: type) -> str:
         reasons.append(str(cause))
         cause = cause.__cause__ or cause.__context__
     text = "\n".join(reasons)
-    if option := re.search(r"Could not (?:find|load) '(\w+)/(.*)'", text):
+    if option := re.search(r"Could not (?:find|load) '([\w/]+)/([^/']*)'", text):
         group, value = option.groups()
         names = text.partition(f"Available options in '{group}':")[2].partition("Config search")[0]
-        if "hydra/launcher/" in f"{group}/{value}":
+        plugin = value.startswith("submitit") and "submitit_local" not in names
+        if group == "hydra/launcher" and plugin:
             return (
-                f"hydra/launcher: {value.rpartition('/')[2]!r} is not installed; "
-                "hydra-submitit-launcher brings it: pip install 'mamba2lm[slurm]'."
+                f"{group}: {value!r} is not installed; hydra-submitit-launcher brings it: "
+                "pip install 'mamba2lm[slurm]'."
             )
         hint = closest(value, names.split())
         return f"{group}={value!r}: no such option.{hint} Known: {', '.join(names.split())}."

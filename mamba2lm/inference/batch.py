@@ -227,10 +227,8 @@ class Batch:
         self._allow(self.slots, 0)
         tokens = max(slot.tokens for slot in self.slots) + count
         features = self._needs = self._needs or self._features(self.slots)
-        rows, slots = (
-            self._bucket(len(self), self._capacity),
-            _slots_for(tokens) if self.grows else 0,
-        )
+        rows = self._bucket(len(self), self._capacity)
+        slots = _slots_for(tokens) if self.grows else 0
         once = self._once(rows, slots, features)
         if self._graphs is not None:
             scratch = self._once(rows, slots, features, scratch=True)

@@ -192,3 +192,11 @@ def test_how_a_job_ends(caplog: pytest.LogCaptureFixture) -> None:
         run_job(lambda: err(RuntimeError("no memory")))
     assert left.value.code == 1
     assert "process 0 of the job failed" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["slrm", "submitit_locl"])
+def test_a_misspelt_launcher_gets_a_hint(given: str) -> None:
+    done = run_program("train.py", "-m", f"hydra/launcher={given}", "run_dir=nowhere")
+    assert done.returncode == 2
+    [line] = done.stderr.decode().splitlines()
+    assert line.startswith(f"error: hydra/launcher='{given}': no such option. Did you mean")
