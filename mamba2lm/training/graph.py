@@ -15,12 +15,14 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba2lm.distributed import Mesh
 from mamba2lm.ops.copies import renew
@@ -37,8 +39,61 @@ and after the second it is known whether mixers keep outputs."""
 Tensors = dict[str, Tensor]
 
 
+class WaitsError(RuntimeError):
+    """The host would wait for the device, which no recording can."""
+
+
+_aten = torch.ops.aten
+_WAITING = {
+    _aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.equal, _aten.bincount,
+    _aten._unique, _aten._unique2, _aten.unique_dim, _aten.unique_consecutive,
+}  # fmt: skip
+_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raise ``WaitsError`` at PyTorch's operations that wait for a device.
+
+    A recording that fails leaves generators and memory in disorder: better to know before.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._type = device.type
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, packet = kwargs or {}, getattr(func, "overloadpacket", None)
+        waits = packet in _WAITING and args[0].device.type == self._type
+        if packet in _INDEXING:
+            waits = any(index is not None and _is_mask(index) for index in args[1])
+        elif packet is _aten._to_copy:
+            to = kwargs.get("device")
+            waits = to is not None and _crosses(args[0].device, torch.device(to), kwargs)
+        elif packet is _aten.copy_:
+            waits = _crosses(args[1].device, args[0].device, kwargs)
+        elif packet is _aten.repeat_interleave:
+            waits = kwargs.get("output_size") is None
+        if waits:
+            raise WaitsError(f"{func} has the host wait for the device")
+        return func(*args, **kwargs)
+
+
+def _is_mask(index: Tensor) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
+
+
+def _crosses(source: torch.device, to: torch.device, kwargs: dict[str, Any]) -> bool:
+    return source.type != to.type and not kwargs.get("non_blocking")
+
+
 class Recorder(Protocol):
     """What records work on a device."""
+
+    def rehearsal(self) -> AbstractContextManager[Any]:
+        """Return what raises ``WaitsError`` where work within could not be recorded."""
+        ...
 
     def record(self, work: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         """Record what a function launches, without running it.
@@ -67,6 +122,9 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._pool: Any = None
+
+    def rehearsal(self) -> AbstractContextManager[Any]:
+        return NoWaiting(self._stream.device)
 
     def record(self, work: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         graph = torch.cuda.CUDAGraph()
@@ -164,10 +222,9 @@ class StepGraphs:
             recorded = self._take(work, _documents(inputs), first)
         if recorded is None:
             moved = {k: v.to(self._device, non_blocking=True) for k, v in inputs.items()}
-            if self._steps != WARM_UP:
-                return work(moved)
-            with fixed(self._room(_documents(inputs))):  # what a recording needs has then run, too
-                return work(moved)
+            if first and self._steps == WARM_UP:
+                return self._rehearse(work, moved, _documents(inputs))
+            return work(moved)
         if first:
             renew(self._parameters)
         self._attach(add=not first)
@@ -204,17 +261,32 @@ class StepGraphs:
         if found is None and (first or True in self._recorded):
             try:
                 found = self._record(work, documents, first)
-            except RuntimeError as error:
-                what = str(error).partition("\n")[0]
-                if self._strict:
-                    raise ConfigError(
-                        "training.cuda_graph", True, f"a step cannot be recorded ({what}); use "
-                        "false.",
-                    ) from error  # fmt: skip
-                log.warning("a step cannot be recorded and runs launch by launch: %s", what)
-                self._off = True
-                self._forget()
+            except RuntimeError as error:  # no memory, for one
+                self._give_up(error)
         return found
+
+    def _rehearse(
+        self, work: Callable[[Tensors], Tensors], inputs: Tensors, documents: int
+    ) -> Tensors:
+        """Run a step's first micro-step as it would be recorded, or find out that it cannot be."""
+        try:
+            with fixed(self._room(documents)), self._recorder.rehearsal():
+                return work(inputs)
+        except WaitsError as error:
+            self._give_up(error)
+        for parameter in self._parameters:
+            parameter.grad = None
+        return work(inputs)
+
+    def _give_up(self, error: RuntimeError) -> None:
+        what = str(error).partition("\n")[0]
+        if self._strict:
+            raise ConfigError(
+                "training.cuda_graph", True, f"a step cannot be recorded ({what}); use false."
+            ) from error
+        log.warning("a step cannot be recorded and runs launch by launch: %s", what)
+        self._off = True
+        self._forget()
 
     def _record(
         self, work: Callable[[Tensors], Tensors], documents: int, first: bool

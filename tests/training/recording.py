@@ -10,33 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mamba2lm.training import trainer
-from mamba2lm.training.graph import StepGraphs, Tensors
-
-aten: Any = torch.ops.aten
-WAITS = {
-    aten._local_scalar_dense, aten.equal, aten.is_nonzero, aten.masked_select, aten.nonzero,
-    aten._unique2, aten.unique_consecutive, aten.unique_dim,
-}  # fmt: skip
-"""Operators whose result the host has to know before it can go on."""
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuse, as a recording does, what the host would wait for the device for."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.overloadpacket in WAITS:
-            raise RuntimeError(f"{func} waits for the device\nand more lines")
-        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        ):
-            raise RuntimeError(f"{func} by a mask waits for the device")
-        return func(*args, **(kwargs or {}))
-
+from mamba2lm.training.graph import NoWaiting, StepGraphs, Tensors
 
 def local(tensor: Tensor) -> Tensor:
     """Return the plain tensor that a process has of a DTensor."""
@@ -55,15 +31,16 @@ class StandIn:
                 values, which that for GPUs does not.
         """
         self.parameters = list(parameters)
-        self.within = contextlib.nullcontext if waits else NoWaiting
+        self.rehearsal = (
+            contextlib.nullcontext if waits else lambda: NoWaiting(torch.device("cpu"))
+        )
         self.recorded = self.replayed = self.forgotten = 0
 
     def record(self, work: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
         before = [p.grad for p in self.parameters]
         values = [None if g is None else local(g).clone() for g in before]
         random = torch.get_rng_state()
-        with self.within():
-            outputs = work()
+        outputs = work()
         torch.set_rng_state(random)
         written = [p.grad for p in self.parameters]
         # As nothing has run, what is new has no values, and what was there has its old ones.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,18 @@ from mamba2lm.data import Corpus, DataConfig, TokenizerConfig, TokenizerKind, pr
 from mamba2lm.distributed import Mesh, ParallelConfig
 from mamba2lm.inference.engine import Engine
 from mamba2lm.inference.sampling import SamplingConfig
+from mamba2lm.models import LanguageModel
 from mamba2lm.ops.documents import count_documents, document_bounds, document_ordinals, fixed
 from mamba2lm.schema import ConfigError
 from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.graph import WARM_UP, StepGraphs, Tensors, step_graphs
+from mamba2lm.training.metrics import read_metrics
 from mamba2lm.training.objective import Gradient
 from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig
 from mamba2lm.training.precision import Precision
-from tests.training.helpers import make_trainer, text_file, tiny_model
+from tests.distributed.launch import run_on, torchrun
+from tests.processes import ROOT
+from tests.training.helpers import make_trainer, text_file, tiny_config, tiny_model
 from tests.training.recording import StandIn, stand_ins
 from tests.training.test_resume import assert_same_checkpoint, curve, sigterm_at, step_folder
 
@@ -303,3 +311,150 @@ def test_the_command_refuses_it_on_a_cpu(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^training\.cuda_graph=True: needs a GPU"):
         make_trainer(tmp_path / "run", corpus(tmp_path), cuda_graph=True)
     assert make_trainer(tmp_path / "run", corpus(tmp_path), cuda_graph=None).graphs is None
+
+
+def test_two_processes_of_a_tensor_group_replay_what_they_launched(tmp_path: Path) -> None:
+    run_on(2, "-m", "tests.distributed.graphs", str(tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text()) == {
+        "device": "cpu", "whole sequences": True, "split sequences": True,
+    }  # fmt: skip
+
+
+@pytest.mark.multigpu
+def test_two_gpus_of_a_tensor_group_replay_what_they_launched(tmp_path: Path) -> None:
+    done = subprocess.run(
+        torchrun(2, "-m", "tests.distributed.graphs", str(tmp_path)),
+        cwd=ROOT,
+        # Not over NVLink's multicast, which not every host has.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "results.json").read_text()) == {
+        "device": "cuda", "whole sequences": True, "split sequences": True,
+    }  # fmt: skip
+
+
+def on_gpu(
+    folder: Path, name: str, pattern: str, data: Corpus, *, seed: int = 0, **settings: Any
+) -> Path:
+    """Train, on a GPU, a model of sizes that all kernels take."""
+    config = tiny_config(pattern, d_model=128)
+    config.mixers["M"] |= {"headdim": 32, "d_state": 32}
+    config.mixers["S"] |= {"d_state": 16}
+    model = LanguageModel(config)
+    model.init_weights(seed)
+    values = {"max_steps": STEPS, "keep_outputs": False, "cpu": False, **settings}
+    trainer = make_trainer(folder / name, data, model, **values)
+    trainer.fit()
+    return step_folder(folder / name, trainer.progress.step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32])
+@pytest.mark.parametrize(
+    ("pattern", "packed", "settings"),
+    [
+        ("M", True, {"micro_batch_size": 2}),
+        ("M", False, {"keep_outputs": True, "num_workers": 2}),
+        ("S", True, {"keep_outputs": True}),
+        ("S", False, {"micro_batch_size": 1}),
+        ("A", True, {"micro_batch_size": 2}),
+        ("A", False, {}),
+        ("F", False, {}),
+        ("MSAF", True, {"micro_batch_size": 2, "eval_every": 2, "eval_batches": 2}),
+        ("MAF", True, {"dropout": 0.3, "micro_batch_size": 2}),
+        ("MA", True, {"activation_checkpointing": True}),
+        ("M", True, {"keep_outputs": None, "profile_every": 3}),
+    ],
+)
+def test_a_gpu_replays_what_it_launched(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    pattern: str,
+    packed: bool,
+    settings: dict[str, Any],
+    precision: Precision,
+) -> None:
+    data = corpus(tmp_path, packed=packed)
+    settings = {**settings, "precision": precision}
+    whole = on_gpu(tmp_path, "launched", pattern, data, **settings)
+    with caplog.at_level(logging.INFO, logger="mamba2lm.training.graph"):
+        replayed = on_gpu(tmp_path, "replayed", pattern, data, cuda_graph=True, **settings)
+    assert_same_run(tmp_path, replayed, whole)
+    said = [r.getMessage() for r in caplog.records if r.name == "mamba2lm.training.graph"]
+    passes = [message.split()[3] for message in said]
+    assert passes == ["first", "next"][: min(2, 4 // settings.get("micro_batch_size", 4))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", [AdamWImpl.triton, AdamWImpl.torch])
+def test_a_gpu_replays_long_rows_and_resumes(tmp_path: Path, impl: AdamWImpl) -> None:
+    data = corpus(tmp_path, length=1024)  # enough tokens for the embedding's gradient to be sorted
+    settings: dict[str, Any] = {
+        "precision": Precision.bf16, "max_steps": 12, "optimizer": OptimizerConfig(impl=impl),
+    }  # fmt: skip
+    whole = on_gpu(tmp_path, "launched", "MF", data, **settings)
+    settings["cuda_graph"] = True
+    on_gpu(tmp_path, "replayed", "MF", data, tracker=sigterm_at(5), **settings)
+    resumed = on_gpu(tmp_path, "replayed", "MF", data, seed=5, **settings)
+    assert_same_run(tmp_path, resumed, whole)
+
+
+@pytest.mark.gpu
+def test_a_gpu_carries_states_from_replay_to_replay(tmp_path: Path) -> None:
+    data = corpus(tmp_path, streams=4)
+    settings: dict[str, Any] = {
+        "carry_state": True, "micro_batch_size": 2, "precision": Precision.bf16,
+    }  # fmt: skip
+    whole = on_gpu(tmp_path, "launched", "MS", data, **settings)
+    replayed = on_gpu(tmp_path, "replayed", "MS", data, cuda_graph=True, **settings)
+    assert_same_run(tmp_path, replayed, whole)
+    assert (replayed / "carried.safetensors").read_bytes() == (
+        whole / "carried.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_samples_by_graphs_of_its_own_between_replays(tmp_path: Path) -> None:
+    data = corpus(tmp_path)
+    assert data.tokenizer is not None
+    tokenizer = data.tokenizer
+
+    def write(model: LanguageModel) -> str:
+        [completion] = Engine(model, tokenizer).generate(
+            ["It"], SamplingConfig(temperature=0.7), max_new_tokens=8, seeds=0
+        )
+        return completion.text
+
+    settings: dict[str, Any] = {
+        "write_sample": write, "sample_every": 1, "precision": Precision.bf16, "dropout": 0.1,
+    }  # fmt: skip
+    whole = on_gpu(tmp_path, "launched", "M", data, **settings)
+    replayed = on_gpu(tmp_path, "replayed", "M", data, cuda_graph=True, **settings)
+    assert_same_run(tmp_path, replayed, whole)
+    written = [(run.parent.parent / "samples.txt").read_text() for run in (replayed, whole)]
+    assert written[0] == written[1]
+    assert written[0].count("=== step") == STEPS
+
+
+@pytest.mark.gpu
+def test_a_gpu_refuses_what_it_cannot_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = corpus(tmp_path)
+    settings: dict[str, Any] = {"max_steps": 5}
+    with pytest.raises(ConfigError, match=r"^training\.cuda_graph=True: a step cannot be recorded"):
+        on_gpu(tmp_path, "strict", "LF", data, cuda_graph=True, **settings)
+    whole = on_gpu(tmp_path, "launched", "LF", data, **settings)
+    lenient = on_gpu(tmp_path, "lenient", "LF", data, cuda_graph=None, **settings)
+    assert "cannot be recorded and runs launch by launch" in caplog.text
+    for name in ("loss", "grad_norm"):
+        ours, theirs = (
+            [row[name] for row in read_metrics(path.parent.parent / "metrics.jsonl")]
+            for path in (lenient, whole)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-3)
