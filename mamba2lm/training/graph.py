@@ -288,9 +288,7 @@ class StepGraphs:
         self._off = True
         self._forget()
 
-    def _record(
-        self, work: Callable[[Tensors], Tensors], documents: int, first: bool
-    ) -> _Recorded:
+    def _record(self, work: Callable[[Tensors], Tensors], documents: int, first: bool) -> _Recorded:
         before = [parameter.grad for parameter in self._parameters]
         renew(self._parameters)  # or the recording would hold that
         if first:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mamba2lm.training import trainer
 from mamba2lm.training.graph import NoWaiting, StepGraphs, Tensors
 
+
 def local(tensor: Tensor) -> Tensor:
     """Return the plain tensor that a process has of a DTensor."""
     return getattr(tensor, "_local_tensor", tensor)
@@ -31,9 +32,7 @@ class StandIn:
                 values, which that for GPUs does not.
         """
         self.parameters = list(parameters)
-        self.rehearsal = (
-            contextlib.nullcontext if waits else lambda: NoWaiting(torch.device("cpu"))
-        )
+        self.rehearsal = contextlib.nullcontext if waits else lambda: NoWaiting(torch.device("cpu"))
         self.recorded = self.replayed = self.forgotten = 0
 
     def record(self, work: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:
