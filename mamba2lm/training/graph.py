@@ -121,6 +121,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._failed: list[torch.cuda.CUDAGraph] = []
         self._pool: Any = None
 
     def rehearsal(self) -> AbstractContextManager[Any]:
@@ -140,6 +141,14 @@ class CudaRecorder:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 outputs = work()
+        except RuntimeError:
+            torch.cuda.set_stream(before)
+            # The generator would go on believing that it is being recorded.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            graph.reset()
+            self._failed.append(graph)  # the allocator may go on asking it
+            raise
         finally:
             torch.cuda.set_stream(before)  # a recording that failed leaves its own
             if collects:
@@ -152,6 +161,7 @@ class CudaRecorder:
             graph.reset()
         self._graphs.clear()
         self._pool = None  # its memory may still hold gradients: the next recordings have another
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -233,8 +243,16 @@ class StepGraphs:
 
     def close(self) -> None:
         """Give the graphs' memory back: a process group cannot be left while graphs use it."""
-        self._forget()
+        self.forget()
         self._inputs.clear()
+
+    def forget(self) -> bool:
+        """Give the memory back until the next step records anew; return whether there was any."""
+        recorded = bool(self._recorded)
+        self._recorded.clear()
+        self._gradients.clear()
+        self._recorder.forget()
+        return recorded
 
     def _fits(self, inputs: Mapping[str, Tensor]) -> bool:
         """Return whether inputs are like those recorded; make room for them if none are."""
@@ -254,7 +272,7 @@ class StepGraphs:
         """Return what is recorded of a micro-step, recording it where it is not; None: nothing."""
         found = self._recorded.get(first)
         if found is not None and not found.holds(inputs):
-            self._forget()
+            self.forget()
             found = None
         if found is None and (first or True in self._recorded):
             try:
@@ -284,7 +302,7 @@ class StepGraphs:
             ) from error
         log.warning("a step cannot be recorded and runs launch by launch: %s", what)
         self._off = True
-        self._forget()
+        self.forget()
 
     def _record(
         self, work: Callable[[Tensors], Tensors], inputs: Mapping[str, Tensor], first: bool
@@ -326,11 +344,6 @@ class StepGraphs:
                     gradient.copy_(parameter.grad)
             parameter.grad = gradient
 
-    def _forget(self) -> None:
-        self._recorded.clear()
-        self._gradients.clear()
-        self._recorder.forget()
-
 
 def step_graphs(
     config: TrainingConfig, mesh: Mesh, device: torch.device, parameters: Iterable[nn.Parameter]
@@ -351,7 +364,11 @@ def step_graphs(
     reason = _reason_against(config, mesh, device)
     if config.cuda_graph and reason is not None:
         raise ConfigError("training.cuda_graph", True, reason)
-    if reason is not None or (config.cuda_graph is None and mesh.degrees.processes > 1):
+    if config.cuda_graph is None and mesh.degrees.processes > 1:
+        return None
+    if reason is not None:
+        if device.type == "cuda":
+            log.info("passes run launch by launch: training.cuda_graph %s", reason.split(";")[0])
         return None
     return StepGraphs(parameters, device, CudaRecorder(device), strict=bool(config.cuda_graph))
 
