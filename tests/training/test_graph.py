@@ -21,13 +21,14 @@ from mamba2lm.distributed import Mesh, ParallelConfig
 from mamba2lm.inference.engine import Engine
 from mamba2lm.inference.sampling import SamplingConfig
 from mamba2lm.models import LanguageModel
+from mamba2lm.models.lora import LoRAConfig, add_lora
 from mamba2lm.ops.documents import count_documents, document_bounds, document_ordinals, fixed
 from mamba2lm.schema import ConfigError
 from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.graph import WARM_UP, StepGraphs, Tensors, step_graphs
 from mamba2lm.training.metrics import read_metrics
 from mamba2lm.training.objective import Gradient
-from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig
+from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig, OptimizerKind
 from mamba2lm.training.precision import Precision
 from tests.distributed.launch import run_on, torchrun
 from tests.processes import ROOT
@@ -478,11 +479,11 @@ def test_a_gpu_writes_samples_by_graphs_of_its_own_between_replays(tmp_path: Pat
     assert written[0].count("=== step") == STEPS
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("pattern", ["MSAF", "M"])
-def test_a_whole_run_on_a_gpu_is_the_same_replayed(tmp_path: Path, pattern: str) -> None:
-    """With validation, samples, checkpoints, a stop, and an odd batch at the end."""
-    data = corpus(tmp_path)
+def whole_run(
+    folder: Path, name: str, pattern: str, *, seed: int = 0, stopped: bool = False, **settings: Any
+) -> Path:
+    """Train with validation, samples, checkpoints, perhaps a stop, and odd batches at the end."""
+    data = corpus(folder)
     assert data.tokenizer is not None
     tokenizer = data.tokenizer
 
@@ -492,33 +493,86 @@ def test_a_whole_run_on_a_gpu_is_the_same_replayed(tmp_path: Path, pattern: str)
         )
         return completion.text
 
-    def run(name: str, *, seed: int = 0, **settings: Any) -> Path:
+    trainer = make_trainer(
+        folder / name, data, wide_model(pattern, seed=seed), num_workers=2, write_sample=write,
+        max_steps=14, batch_size=8, micro_batch_size=2, dropout=0.1, eval_every=2, eval_batches=2,
+        sample_every=5, save_every=4, tracker=sigterm_at(6) if stopped else None, **settings,
+    )  # fmt: skip
+    learn = trainer.forward_backward
+
+    def cut_the_last(micro_batches: list[dict[str, Tensor]]) -> Gradient:
+        if trainer.progress.step == 13:
+            micro_batches[0] = {k: v[:, :-5] for k, v in micro_batches[0].items()}
+            micro_batches[-1] = {k: v[:1] for k, v in micro_batches[-1].items()}
+        return learn(micro_batches)
+
+    trainer.forward_backward = cut_the_last  # type: ignore[method-assign]
+    assert trainer.fit() is not stopped
+    return step_folder(folder / name, 7 if stopped else 14)
+
+
+def assert_same_whole_run(folder: Path, ours: Path, theirs: Path) -> None:
+    assert_same_run(folder, ours, theirs)
+    written = [(path.parent.parent / "samples.txt").read_text() for path in (ours, theirs)]
+    assert written[0] == written[1]
+    assert written[0].count("=== step") == 3
+
+
+def test_a_whole_run_is_the_same_replayed(tmp_path: Path) -> None:
+    whole = whole_run(tmp_path, "launched", "MA")
+    with pytest.MonkeyPatch.context() as patch:
+        made = stand_ins(patch)
+        whole_run(tmp_path, "replayed", "MA", stopped=True)
+        replayed = whole_run(tmp_path, "replayed", "MA", seed=5)
+    assert_same_whole_run(tmp_path, replayed, whole)
+    # Of steps 4 to 7, and 11 to 14, the last of which has two micro-batches that are like others.
+    assert [stand_in.replayed for stand_in in made] == [4 * 4, 3 * 4 + 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["MSAF", "M"])
+def test_a_whole_run_on_a_gpu_is_the_same_replayed(tmp_path: Path, pattern: str) -> None:
+    settings: dict[str, Any] = {"cpu": False, "precision": Precision.bf16}
+    whole = whole_run(tmp_path, "launched", pattern, cuda_graph=False, **settings)
+    settings["cuda_graph"] = True
+    whole_run(tmp_path, "replayed", pattern, stopped=True, **settings)
+    replayed = whole_run(tmp_path, "replayed", pattern, seed=5, **settings)
+    assert_same_whole_run(tmp_path, replayed, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["window", "inner norms", "LoRA", "muon", "grouped, tied"])
+def test_a_gpu_replays_by_itself_what_it_can(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    data = corpus(tmp_path)
+
+    def run(name: str, cuda_graph: bool | None) -> Path:
+        config = tiny_config("MSAF", d_model=128, tie_embeddings=what == "grouped, tied")
+        config.mixers["M"] |= {"headdim": 32, "d_state": 32}
+        if what == "window":
+            config.mixers["A"]["window"] = 9
+        elif what == "inner norms":
+            config.mixers["S"]["inner_norm"] = "learned"
+        elif what == "grouped, tied":
+            config.mixers["A"]["n_kv_heads"] = 1
+            config.mixers["M"]["ngroups"] = 2
+        model = LanguageModel(config)
+        model.init_weights(0)
+        if what == "LoRA":
+            add_lora(model, LoRAConfig(rank=4))
+        kind = OptimizerKind.muon if what == "muon" else OptimizerKind.adamw
         trainer = make_trainer(
-            tmp_path / name, data, wide_model(pattern, seed=seed), cpu=False, num_workers=2,
-            write_sample=write, max_steps=14, batch_size=8, micro_batch_size=2, dropout=0.1,
-            precision=Precision.bf16, eval_every=2, eval_batches=2, sample_every=5, save_every=4,
-            **settings,
+            tmp_path / name, data, model, cpu=False, cuda_graph=cuda_graph, max_steps=STEPS,
+            micro_batch_size=2, precision=Precision.bf16, optimizer=OptimizerConfig(kind),
         )  # fmt: skip
-        learn = trainer.forward_backward
+        assert trainer.fit()
+        return step_folder(tmp_path / name, STEPS)
 
-        def cut_the_last(micro_batches: list[dict[str, Tensor]]) -> Gradient:
-            if trainer.progress.step == 13:
-                micro_batches[-1] = {k: v[:1] for k, v in micro_batches[-1].items()}
-                micro_batches[0] = {k: v[:, :-5] for k, v in micro_batches[0].items()}
-            return learn(micro_batches)
-
-        trainer.forward_backward = cut_the_last  # type: ignore[method-assign]
-        trainer.fit()
-        return step_folder(tmp_path / name, trainer.progress.step)
-
-    whole = run("launched", cuda_graph=False)
-    run("replayed", cuda_graph=True, tracker=sigterm_at(6))
-    replayed = run("replayed", cuda_graph=True, seed=5)
-    assert_same_run(tmp_path, replayed, whole)
-    samples = [(path.parent.parent / "samples.txt").read_text() for path in (replayed, whole)]
-    assert samples[0].replace("=== step 7", "").count("===") >= 3
-    parts = [dict(part.split("\n", 1) for part in text.split("=== step ")[1:]) for text in samples]
-    assert {step: parts[0][step] for step in parts[1]} == parts[1]
+    whole = run("launched", False)
+    with caplog.at_level(logging.INFO, logger="mamba2lm.training.graph"):
+        assert_same_run(tmp_path, run("replayed", None), whole)
+    assert caplog.text.count("as a CUDA graph") == 2
 
 
 @pytest.mark.gpu
