@@ -34,6 +34,7 @@ def run(folder: Path, name: str, *, cuda_graph: bool | None) -> Path:
     trainer = make_trainer(
         folder / name, corpus(folder), model, cpu=False, cuda_graph=cuda_graph, max_steps=8,
         micro_batch_size=2, dropout=0.2, precision=Precision.bf16, eval_every=3, eval_batches=2,
+        keep_outputs=False,
     )  # fmt: skip
     assert trainer.fit()
     return step_folder(folder / name, 8)
