@@ -40,9 +40,10 @@ from mamba2lm.inference.batch import Batch, DrawnTokens, Flight, Slot
 from mamba2lm.inference.config import ServeConfig
 from mamba2lm.inference.prefill import Prefill
 from mamba2lm.inference.request import Job
+from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import Drawn
 from mamba2lm.inference.server import http_server, listen
-from mamba2lm.models import LanguageModel, ModelConfig, ModelState
+from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.schema import from_mapping
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class PacedBatch(Batch):
     _free_at = 0.0
 
     def join(
-        self, slots: Sequence[Slot], states: Sequence[ModelState], logits_bv: torch.Tensor
+        self, slots: Sequence[Slot], states: Sequence[Read], logits_bv: torch.Tensor
     ) -> Flight:
         """Add rows and draw their first tokens in the time of a step."""
         self.slots += slots
@@ -127,7 +128,7 @@ class PacedPrefill(Prefill):
         """Read all there are."""
         jobs, self.jobs = list(self.jobs), deque()
         for job in jobs:
-            job.read, job.logits_v = self._model.new_state(0), torch.zeros(1)
+            job.read, job.logits_v = Read(self._model.new_state(0)), torch.zeros(1)
         return jobs
 
 
@@ -144,7 +145,9 @@ class PacedEngine(Engine):
         self.batch = PacedBatch(model, rows)
         self.batch.seconds = step_ms / 1e3
         self._overlap = True  # as on a GPU
-        self._prefill = PacedPrefill(model, self.cache, self.stats, chunk=2048, fail=self._fail)
+        self._prefill = PacedPrefill(
+            model, self.cache, self.stats, chunk=2048, graphs=False, fail=self._fail
+        )
 
 
 def asked_for(count: int, longest: int) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mamba2lm.inference import Engine, Request, SamplingConfig
+from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import Features, SamplingRows, draw
 from tests.inference import helpers
 from tests.inference.test_engine import GREEDY, alone, random_ids, tokens_of
@@ -31,7 +32,7 @@ def test_draws_are_the_cpus() -> None:
         rows = SamplingRows.new(len(SETTINGS), device)
         rows.track(3000)
         for i, config in enumerate(SETTINGS):
-            rows.put(i, config, i, [1, 2, 3])
+            rows.put(i, [(config, i, [1, 2, 3])])
         features = Features.of(SETTINGS, [None], 3000)
         return [draw(l_bv.to(device), rows, features).token_b.tolist() for l_bv in logits]
 
@@ -87,6 +88,78 @@ def test_recorded_steps_draw_what_plain_ones_do(pattern: str) -> None:
     ]
     # Products of other numbers of rows round differently, and a text that parts stays apart.
     assert sum(same) / len(same) > 0.9
+
+
+@pytest.mark.parametrize("pattern", ["MM", "MSF"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_whole_prompts_are_recorded_and_read_as_if_alone(pattern: str, dtype: torch.dtype) -> None:
+    built = engine(pattern, dtype=dtype, max_rows=16, prefill_chunk=512)
+    whole = built._prefill._whole
+    assert whole is not None
+    whole.record()
+    graphs = whole._graphs
+    assert graphs is not None
+    recorded = dict(graphs._by_shape)
+    assert set(recorded) == set(whole.shapes)
+    assert all(step.__name__ == "replay" for step in recorded.values())
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-3
+    for lengths in ([5, 64, 33], [100, 70, 128, 99], [300], [1, 2]):
+        prompts = random_ids(*lengths)
+        states, logits_bv = whole.read(prompts)
+        for i, ids in enumerate(prompts):
+            with torch.inference_mode():
+                ids_bl = torch.tensor([ids], device="cuda")
+                alone = built.model(ids_bl, state=built.model.new_state(1))
+                assert torch.allclose(
+                    logits_bv[i], alone.logits[0, -1], atol=tolerance, rtol=tolerance
+                )
+                for mine, theirs in zip(
+                    Read(states, i).alone().layers, alone.state.layers, strict=True
+                ):
+                    for name in mine:
+                        assert torch.allclose(
+                            mine[name], theirs[name], atol=tolerance, rtol=tolerance
+                        )
+    assert graphs._by_shape == recorded
+
+
+def test_a_shape_met_twice_is_recorded() -> None:
+    built = engine("MM", max_rows=16)
+    whole = built._prefill._whole
+    assert whole is not None
+    assert whole._graphs is not None
+    requests = [Request(ids, GREEDY, 5, ignore_eos=True) for ids in random_ids(50, 50, 50)]
+    found = [tokens_of(alone(built, request)) for request in (*requests, *requests)]
+    assert set(whole._graphs._by_shape) == {(1, 64)}
+    assert found[:3] == found[3:]
+
+
+def test_nothing_waits_for_the_gpu_but_the_fetch_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = engine("MM", max_rows=16)
+    requests = [
+        Request(ids, GREEDY, 10 + 7 * i, ignore_eos=True)
+        for i, ids in enumerate(random_ids(*range(20, 60, 2)))
+    ]
+
+    def run() -> None:
+        jobs = [built.submit(request) for request in requests]
+        built.run(jobs)
+
+    run()  # everything compiled and recorded
+    run()
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: wait(event))
+
+    def wait(event: torch.cuda.Event) -> None:
+        while not event.query():
+            pass
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("pattern", ["MM", "MA"])
