@@ -96,10 +96,14 @@ class Flight:
         host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
         return host.copy_(stacked, non_blocking=True)
 
-    def tokens(self) -> list[DrawnTokens]:
-        """Wait for it; return one after the other what each row has drawn."""
+    def wait(self) -> None:
+        """Wait for it."""
         if self._arrived is not None:
             self._arrived.synchronize()
+
+    def tokens(self) -> list[DrawnTokens]:
+        """Wait for it; return one after the other what each row has drawn."""
+        self.wait()
         token_bt, logprob_bt, top_btw, top_token_btw = (
             [] if tensor is None else tensor.transpose(0, 1).tolist() for tensor in self._fetched
         )
