@@ -10,6 +10,7 @@ that the model forgets where the prompt begins.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from mamba2lm.inference.graphs import Graphs
 from mamba2lm.inference.rows import Rows
 from mamba2lm.inference.sampling import sent
 from mamba2lm.models import LanguageModel, ModelState
+
+log = logging.getLogger(__name__)
 
 _SHORTEST = 64
 _MOST_ROWS = 8
@@ -65,10 +68,16 @@ class WholePrompts:
 
     @torch.inference_mode()
     def record(self) -> None:
-        """Record all shapes, where passes are recorded at all."""
-        if self._graphs is not None:
-            for shape in self.shapes:
-                self._recorded(self._graphs, shape)
+        """Record all shapes, where passes are recorded at all and memory suffices."""
+        if self._graphs is None:
+            return
+        try:
+            self._make_room()
+        except torch.OutOfMemoryError as error:
+            log.warning("there is no memory to read whole prompts together in: %s", error)
+            return
+        for shape in self.shapes:
+            self._recorded(self._graphs, shape)
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Rows | ModelState, Tensor]:
