@@ -30,11 +30,12 @@ from mamba2lm.inference.batch import Batch, DrawnTokens, Flight, Slot
 from mamba2lm.inference.decoding import Completion, Row, TokenLogprob
 from mamba2lm.inference.prefill import Prefill
 from mamba2lm.inference.request import EngineStats, Event, Job, Request
+from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import MAX_LOGPROBS, SamplingConfig
 from mamba2lm.inference.session import Session
 from mamba2lm.inference.state_cache import StateCache
 from mamba2lm.inference.structured import Constraints
-from mamba2lm.models import LanguageModel, ModelState
+from mamba2lm.models import LanguageModel
 from mamba2lm.schema import ConfigError, closest
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,14 @@ class Engine:
         self._heard_at = 0.0
         self._flights: deque[Flight] = deque()
         self._waiting: deque[Job] = deque()
-        self._prefill = Prefill(model, self.cache, self.stats, chunk=prefill_chunk, fail=self._fail)
+        self._prefill = Prefill(
+            model,
+            self.cache,
+            self.stats,
+            chunk=prefill_chunk,
+            graphs=cuda_graphs,
+            fail=self._fail,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -269,6 +277,7 @@ class Engine:
         before, budget = copy.deepcopy(self.stats), self.cache.budget
         self.cache.budget = 0
         try:
+            self._prefill.record()
             chunk = self._prefill.chunk
             fits = all(
                 self._try(lengths, GREEDY) for lengths in ([17], [1], [40, 25], [chunk + 16])
@@ -338,7 +347,7 @@ class Engine:
     def _start(self, jobs: list[Job]) -> None:
         """Draw the first tokens of prompts that have been read, all in one."""
         slots: list[Slot] = []
-        states: list[ModelState] = []
+        states: list[Read] = []
         logits: list[Tensor] = []
         for job in jobs:
             request = job.request
@@ -347,7 +356,7 @@ class Engine:
             if not request.max_new_tokens:
                 job.first_at = time.perf_counter()
                 if request.keep_state:
-                    job.state = job.read
+                    job.state = job.read.alone()
                 for index, row in enumerate(job.rows):
                     self._tell(job, index, row.finish("length"), 0, [])
                 continue

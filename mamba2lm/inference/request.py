@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mamba2lm.inference.decoding import Completion, FinishReason, Row, TokenLogprob
+from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import SamplingConfig
 from mamba2lm.inference.structured import Constraint
 from mamba2lm.models import ModelState
@@ -99,7 +100,7 @@ class Job:
         # it; the logits only once its end is reached.
         self.position = 0
         self.cuts: list[int] = []
-        self.read: ModelState | None = request.state
+        self.read = None if request.state is None else Read(request.state)
         self.logits_v: Tensor | None = None
 
     @property

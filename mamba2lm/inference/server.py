@@ -38,6 +38,10 @@ from mamba2lm.inference.loading import load_run
 
 log = logging.getLogger("mamba2lm.inference.server")  # also where it runs as __main__
 
+SWITCH_SECONDS = 5e-5
+"""After which a thread that waits for the interpreter gets it. The engine's gives it away in every
+operation of PyTorch, and while answers are written waits so long after each."""
+
 
 class UvicornServer(uvicorn.Server):
     """Uvicorn that tells the application when it is to drain."""
@@ -111,8 +115,7 @@ def serve(config: ServeConfig, engine: Engine, model_name: str) -> None:
         # Uvicorn raises the signals that ended it once more when it is done.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        # The engine's thread must not wait long for the interpreter while answers are written.
-        sys.setswitchinterval(0.0005)
+        sys.setswitchinterval(SWITCH_SECONDS)
         http.run(sockets=[sock])
 
 
