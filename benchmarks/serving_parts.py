@@ -36,6 +36,8 @@ class Parts:
         self._stack: list[str] = []
         self._since = 0.0
         self._patches = ExitStack()
+        self._stats = engine.stats
+        self._steps = engine.stats.steps
         self._on_gpu = engine.device.type == "cuda"
         self._busy: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._watched: list[tuple[Any, str, str]] = [
@@ -71,11 +73,16 @@ class Parts:
     def figures(self, tokens: int, seconds: float) -> dict[str, Any]:
         """Return microseconds a token by part, and the share of the time that the GPU waited.
 
+        ``rows_per_step`` counts tokens of use: rows that ended within a stride are not in it.
+
         Args:
             tokens: Drawn meanwhile.
             seconds: That it took.
         """
+        steps = max(self._stats.steps - self._steps, 1)
         found: dict[str, Any] = {
+            "us_per_step": round(seconds / steps * 1e6, 1),
+            "rows_per_step": round(tokens / steps, 2),
             "us_per_token": {
                 part: round(used / tokens * 1e6, 3)
                 for part, used in sorted(self.seconds.items(), key=lambda item: -item[1])

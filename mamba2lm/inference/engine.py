@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mamba2lm.data.tokenizer import Tokenizer
 from mamba2lm.inference.batch import Batch, DrawnTokens, Flight, Slot
-from mamba2lm.inference.decoding import Completion, Row, TokenLogprob
+from mamba2lm.inference.decoding import Completion, Row
 from mamba2lm.inference.prefill import Prefill
 from mamba2lm.inference.request import EngineStats, Event, Job, Request
 from mamba2lm.inference.rows import Read
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 STATE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 GREEDY = SamplingConfig(temperature=0.0)
 DELIVERY_SECONDS = 0.01
-# Rows from which on a GPU takes its next steps while the host looks at the last ones' tokens.
-_OVERLAPPED = 8
+# Rows from which on steps go on though a reply's state is wanted for the cache.
+_CROWD = 8
 
 
 class Engine:
@@ -253,6 +253,7 @@ class Engine:
                 stop=request.sampling.stop,
                 stop_token_ids=request.sampling.stop_token_ids,
                 ignore_eos=request.ignore_eos,
+                grows=request.stream,
             )
             for _ in request.seeds
         ]
@@ -330,10 +331,10 @@ class Engine:
         }
         for index, row in enumerate(job.rows):
             if row.finish_reason is None:
-                text = row.finish("interrupted")
+                row.finish("interrupted")
                 if index in running:
                     self._keep_state(job, index, running[index])
-                self._tell(job, index, text, 0, [])
+                self._tell(job, index)
         self.batch.leave(running.values())
 
     def _admit(self) -> None:
@@ -358,7 +359,8 @@ class Engine:
                 if request.keep_state:
                     job.state = job.read.alone()
                 for index, row in enumerate(job.rows):
-                    self._tell(job, index, row.finish("length"), 0, [])
+                    row.finish("length")
+                    self._tell(job, index)
                 continue
             before = 0 if request.state is None else request.state.tokens
             seen: set[int] = set()
@@ -428,13 +430,13 @@ class Engine:
         Rows that end by a token then take some more steps for nothing, which costs less than a GPU
         that waits for the host. A state that is wanted must not have read so far.
         """
-        slots = self.batch.slots
-        return (
-            self._overlap
-            and len(slots) >= _OVERLAPPED
-            and not any(slot.owner[0].request.keep_state for slot in slots)
-            and not self.batch.constrained
-        )
+        if not self._overlap or self.batch.constrained:
+            return False
+        jobs = [slot.owner[0] for slot in self.batch.slots]
+        if any(job.request.keep_state for job in jobs):
+            return False
+        cached = self.cache.budget and len(jobs) < _CROWD
+        return not (cached and any(job.request.cache_reply for job in jobs))
 
     def _stride(self) -> int:
         """Return how many steps to take before looking at what they drew."""
@@ -485,11 +487,12 @@ class Engine:
             try:
                 if slot.constraint is not None:
                     slot.constraint.check()
-                text = row.extend(finite, tokens.logprobs) if finite else ""
+                if finite:
+                    row.extend(finite, tokens.logprobs)
                 if slot.constraint is not None and finite and row.finish_reason is None:
                     (token_id,) = finite
                     if slot.constraint.take(token_id):
-                        text += row.finish("stop")
+                        row.finish("stop")
             except ConfigError as error:
                 failed[job] = error
                 continue
@@ -498,14 +501,14 @@ class Engine:
                 continue
             count = len(row.token_ids) - count
             self.stats.new_tokens += count
-            logprobs = row.logprobs[-count:] if count and job.request.logprobs is not None else []
             if row.finish_reason is not None and slot in places:
                 # A state that has read beyond the end is of no use.
                 taken = count + (row.ended_by is not None)
                 if taken == flight.steps and not self._flights:
                     self._keep_state(job, index, places[slot])
                 leaving.append(places[slot])
-            self._tell(job, index, text, count, logprobs)
+            if job.request.stream or row.finish_reason is not None or not row.told:
+                self._tell(job, index)
         self.batch.leave(leaving)
         self._leave(failed)
         for job, error in failed.items():
@@ -529,14 +532,14 @@ class Engine:
             drawn = row.token_ids if row.ended_by is not None else row.token_ids[:-1]
             self.cache.put([*request.prompt_ids, *drawn], state)
 
-    def _tell(
-        self, job: Job, index: int, text: str, tokens: int, logprobs: list[TokenLogprob]
-    ) -> None:
-        reason = job.rows[index].finish_reason
-        if reason is not None:
-            self.stats.finished[reason] += 1
+    def _tell(self, job: Job, index: int) -> None:
+        """Let whoever listens hear what is new of a continuation since the last time."""
+        row = job.rows[index]
+        if row.finish_reason is not None:
+            self.stats.finished[row.finish_reason] += 1
+        text, tokens, logprobs = row.news()
         if job.listener is not None:
-            job.listener(Event(job, index, text, tokens, logprobs, reason))
+            job.listener(Event(job, index, text, tokens, logprobs, row.finish_reason))
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End a job with an error; its rows are out of the batch already."""

@@ -45,7 +45,7 @@ class Request:
     """Report those of the prompt's tokens too, all but the first's."""
     ignore_eos: bool = False
     stream: bool = False
-    """Deliver tokens soon after they are drawn; else in whole strides."""
+    """Tell of tokens soon after they are drawn; else of the first ones, and of all at the end."""
     state: ModelState | None = None
     """What was read before the prompt; not changed."""
     seen: Collection[int] = ()
