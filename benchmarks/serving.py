@@ -108,7 +108,8 @@ class PacedBatch(Batch):
                 self.slots[index] = last
 
     def _flight(self, count: int, slots: Sequence[Slot]) -> Flight:
-        token_tb = torch.randint(300, VOCAB_SIZE - 300, (count, len(slots)))
+        # A text's ids are few of all there are.
+        token_tb = torch.randint(300, 5000, (count, len(slots)))
         drawn = [Drawn(token_b.clone(), None, None, None) for token_b in token_tb]
         flight = PacedFlight(drawn, slots)
         flight.due = max(time.perf_counter(), self._free_at) + count * self.seconds

@@ -94,6 +94,7 @@ def http_server(config: ServeConfig, engine: Engine, model_name: str) -> Uvicorn
         timeout_graceful_shutdown=int(config.drain_timeout) + LAST_WORDS,
         timeout_keep_alive=30,
         server_header=False,
+        proxy_headers=False,
         lifespan="on",
     )
     return UvicornServer(settings, server)
