@@ -44,7 +44,7 @@ from mamba2lm.inference.prefill import Prefill
 from mamba2lm.inference.request import Job
 from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import Drawn
-from mamba2lm.inference.server import SWITCH_SECONDS, http_server, listen
+from mamba2lm.inference.server import http_server, listen, settle
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.schema import from_mapping
 
@@ -201,7 +201,7 @@ def served(engine: Engine) -> Iterator[tuple[int, dict[str, threading.Thread]]]:
     config = ServeConfig(checkpoint="none", port=0, state_cache_mib=0, max_waiting=1000)
     http = http_server(config, engine, "benchmark")
     switch = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)  # as the server's command does
+    settle()  # as the server's command does
     with listen(config) as sock:
         thread = threading.Thread(target=http.run, kwargs={"sockets": [sock]})
         thread.start()
@@ -214,6 +214,7 @@ def served(engine: Engine) -> Iterator[tuple[int, dict[str, threading.Thread]]]:
             http.handle_exit(signal.SIGTERM, None)
             thread.join()
             sys.setswitchinterval(switch)
+            gc.unfreeze()
 
 
 def streamed(
