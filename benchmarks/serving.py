@@ -76,11 +76,16 @@ class PacedFlight(Flight):
     """Tokens that arrive at a set time."""
 
     due: float
+    seconds: float
 
     def wait(self) -> None:
         """Wait until they would have come from a GPU."""
         if (left := self.due - time.perf_counter()) > 0:
             time.sleep(left)
+
+    def step_seconds(self) -> float:
+        """Return the set time."""
+        return self.seconds
 
 
 class PacedBatch(Batch):
@@ -112,6 +117,7 @@ class PacedBatch(Batch):
         token_tb = torch.randint(300, 5000, (count, len(slots)))
         drawn = [Drawn(token_b.clone(), None, None, None) for token_b in token_tb]
         flight = PacedFlight(drawn, slots)
+        flight.seconds = self.seconds
         flight.due = max(time.perf_counter(), self._free_at) + count * self.seconds
         self._free_at = flight.due
         for slot in slots:
@@ -140,7 +146,7 @@ class PacedEngine(Engine):
             "mixers": {"M": {"type": "mamba2", "d_state": 8, "headdim": 8}},
         }  # fmt: skip
         model = LanguageModel(from_mapping(ModelConfig, values, "model")).eval()
-        super().__init__(model, wordy_tokenizer(), max_rows=rows, sync_every=8)
+        super().__init__(model, wordy_tokenizer(), max_rows=rows, sync_every=16)
         self.batch = PacedBatch(model, rows)
         self.batch.seconds = step_ms / 1e3
         self._overlap = True  # as on a GPU
