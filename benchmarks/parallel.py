@@ -4,6 +4,8 @@
         --model mamba2_1_3b --layout data_replicate=2 --layout data_shard=2 --layout tensor=2 \
         --batch 16 --micro-batch 4 --length 2048 --out results.json
     torchrun --nproc-per-node 1 -m benchmarks.parallel …      one process: what the rest compare to
+    … --cuda-graph           where nobody divides tokens, again with passes replayed, as
+                             training.cuda_graph does
     … --losses 200           the loss of every step besides, to lay layouts over each other
     … --checkpoint FOLDER    saves beside training, and reads back in every layout asked for
     … --read FOLDER          loss of the next step after reading what such a run has saved
@@ -39,6 +41,8 @@ from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.models.checkpoint import newest_valid
 from mamba2lm.schema import ConfigError, from_mapping
 from mamba2lm.training.checkpoint import Checkpointer, Progress, restore
+from mamba2lm.training.config import TrainingConfig
+from mamba2lm.training.graph import WARM_UP, Tensors, step_graphs
 from mamba2lm.training.hardware import memory_in_use
 from mamba2lm.training.optimizer import OptimizerConfig, Optimizers
 from mamba2lm.training.parallelize import ParallelModel, start_accelerator
@@ -48,6 +52,8 @@ from mamba2lm.training.run_folder import RunFolder
 
 LOSS_TOLERANCE = 2e-2
 """How far the losses of the first steps may lie apart: bfloat16 sums in another order."""
+COMPARED = WARM_UP + 3
+"""Steps whose losses are compared."""
 
 
 def layout(text: str) -> ParallelConfig:
@@ -69,6 +75,8 @@ class Run:
         corpus: Corpus,
         accelerator: Accelerator,
         arguments: argparse.Namespace,
+        *,
+        replayed: bool = False,
     ) -> None:
         self.device, self.dtype = accelerator.device, getattr(torch, arguments.dtype)
         rank, size = accelerator.process_index, accelerator.num_processes
@@ -89,6 +97,8 @@ class Run:
             activation_checkpointing=arguments.recompute,
             compile=arguments.compile,
         )
+        training = TrainingConfig(cuda_graph=replayed, compile=arguments.compile)
+        self.graphs = step_graphs(training, self.mesh, self.device, model.parameters())
         self.optimizers = Optimizers(OptimizerConfig(learning_rate=3e-4), model)
         self.micro_batch = arguments.micro_batch
         self.micro_steps, rest = divmod(
@@ -109,29 +119,44 @@ class Run:
             micro_batch=self.micro_batch,
             rank=self.mesh.data_rank,
             world_size=self.mesh.data_size,
+            pin_memory=self.device.type == "cuda",
         )
+
+    def learn(self, inputs: Tensors) -> Tensors:
+        """Add a micro-batch's gradient, times its ``share``, to the parameters'."""
+        with autocast(self.device, self.dtype):
+            loss = self.parallel.call(
+                inputs["input_ids"],
+                inputs["labels"],
+                seq_idx=inputs.get("seq_idx"),
+                loss_reduction="sum",
+            ).loss
+        with torch.autograd.set_multithreading_enabled(False):
+            loss.backward(inputs["share"])
+        return {"loss": loss.detach()}
+
+    def close(self) -> None:
+        """Give back what was recorded."""
+        if self.graphs is not None:
+            self.graphs.close()
 
     def step(self) -> Tensor:
         """Take one step; return its loss, not waited for."""
         total = torch.zeros((), device=self.device)
-        averaged = self.world.size // self.world.copies
+        share = self.world.size // self.world.copies / self.tokens
         for i in range(self.micro_steps):
             batch = next(self.batches)
             if self.mesh.context is not None:
                 batch = {k: self.mesh.context.stretch(v) for k, v in batch.items()}
-            batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-            last = i == self.micro_steps - 1
-            with self.parallel.micro_batch(last=last):
-                with autocast(self.device, self.dtype):
-                    loss = self.parallel.call(
-                        batch["input_ids"],
-                        batch["labels"],
-                        seq_idx=batch.get("seq_idx"),
-                        loss_reduction="sum",
-                    ).loss
-                with torch.autograd.set_multithreading_enabled(False):
-                    (loss * (averaged / self.tokens)).backward()
-            total += loss.detach()
+            inputs = {**batch, "share": torch.full((), share, device=self.device)}
+            with self.parallel.micro_batch(last=i == self.micro_steps - 1):
+                if self.graphs is not None:
+                    found = self.graphs.run(self.learn, inputs, first=i == 0)
+                else:
+                    found = self.learn(
+                        {k: v.to(self.device, non_blocking=True) for k, v in inputs.items()}
+                    )
+            total += found["loss"]
         self.parallel.finish_gradients()
         self.optimizers.clip(self.parallel.gradient_norm(), 1.0)
         self.before_update()
@@ -187,7 +212,7 @@ class Run:
 def measure(
     run: Run, arguments: argparse.Namespace, expected: list[float] | None, alone: float | None
 ) -> dict[str, Any]:
-    """Compare the losses of three steps, which warm up too, then time steps.
+    """Compare the losses of some steps, which warm up too, then time steps.
 
     Args:
         run: The layout.
@@ -198,12 +223,13 @@ def measure(
     Returns:
         Figures of all processes.
     """
-    first = [run.loss() for _ in range(3)]
+    first = [run.loss() for _ in range(WARM_UP)]
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    first += [run.loss() for _ in range(COMPARED - WARM_UP)]  # which record, and are replayed
     pairs = zip(first, expected or first, strict=True)
     if any(abs(ours - theirs) > LOSS_TOLERANCE for ours, theirs in pairs):
         return {"first_losses": first, "wrong": f"the first layout has {expected}"}
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
     seconds = sorted(run.timed() for _ in range(arguments.steps))
     median = statistics.median(seconds)
     memory = run.world.gather(memory_in_use(run.device))
@@ -285,10 +311,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def layouts_of(arguments: argparse.Namespace) -> Iterator[tuple[str, ParallelConfig]]:
-    """Yield the layouts asked for, by default plain data parallelism."""
+def ways_of(
+    arguments: argparse.Namespace, processes: int
+) -> Iterator[tuple[str, ParallelConfig, bool]]:
+    """Yield the layouts asked for, by default plain data parallelism, and whether to replay."""
     for text in arguments.layout or ["tensor=1"]:
-        yield text, layout(text)
+        parallel = layout(text)
+        yield text, parallel, False
+        if arguments.cuda_graph and parallel.degrees(processes).tensor == processes:
+            yield text, parallel, True
 
 
 def main() -> None:
@@ -305,6 +336,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--cuda-graph", action="store_true", help="also replay what can be")
     parser.add_argument("--checkpoint", type=Path, help="folder to save in")
     parser.add_argument("--read", type=Path, help="folder to read from")
     parser.add_argument("--kernels", type=int, default=0, help="kernels to list of a profile")
@@ -338,19 +370,21 @@ def main() -> None:
             arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     runs: list[tuple[Run, float]] = []
-    for text, parallel in layouts_of(arguments):
-        run = Run(config, parallel, corpus, accelerator, arguments)
+    for text, parallel, replayed in ways_of(arguments, accelerator.num_processes):
+        run = Run(config, parallel, corpus, accelerator, arguments, replayed=replayed)
         expected = rows[0]["first_losses"] if rows else None
-        row = {"layout": text, **measure(run, arguments, expected, alone)}
+        row = {"layout": text, "cuda_graph": replayed, **measure(run, arguments, expected, alone)}
         if arguments.read is not None:
             row["loss_after_reading"] = loss_after_reading(run, arguments.read)
         if arguments.losses:
+            run.close()
             del run
-            run = Run(config, parallel, corpus, accelerator, arguments)
+            run = Run(config, parallel, corpus, accelerator, arguments, replayed=replayed)
             row["losses"] = [run.loss() for _ in range(arguments.losses)]
         rows.append(row)
         write()  # what is done stays, whatever comes
-        if arguments.checkpoint is not None and "wrong" not in row:
+        run.close()
+        if arguments.checkpoint is not None and not replayed and "wrong" not in row:
             runs.append((run, row["seconds"]["median"]))
         del run
         accelerator.free_memory()  # it keeps what it wrapped

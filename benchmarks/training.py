@@ -6,11 +6,14 @@
 
 A step is what the trainer does: bf16 autocast over float32 weights, loss on random tokens, backward
 pass, clipping, loss and norm read back, then AdamW (``--adamw``: ours in one pass, or PyTorch's
-fused one). Kernels' times are means of several steps under the profiler, so that clocks are those
-of a run; ``idle`` is what their timeline leaves open, with the longest gaps by the kernels around
-it. ``mfu`` counts three forward passes of ``flops_per_token`` (products of the model and its
-operators; nothing for recomputation) against the rate of an 8192³ bf16 product measured in the same
-run over half a second; ``mfu_6n`` counts six times the parameters a token.
+fused one). ``--cuda-graph`` replays forward and backward pass as ``training.cuda_graph`` does.
+Kernels' times are means of several steps under the profiler, so that clocks are those of a run;
+``idle`` is what their timeline leaves open, with the longest gaps by the kernels around it, and
+``busy_ms`` the rest of a step. A host that is slow or shared shows in steps that take longer than
+that, and than the best of them. ``mfu`` counts three forward passes of ``flops_per_token``
+(products of the model and its operators; nothing for recomputation) against the rate of an 8192³
+bf16 product measured in the same run over half a second; ``mfu_6n`` counts six times the parameters
+a token.
 
 ``losses`` trains one model from the same weights on the same bytes several times: with the kernels
 and either AdamW, with PyTorch's operations in bf16 and in float32, and with mamba-ssm where it is
@@ -23,6 +26,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import lzma
 import statistics
@@ -51,6 +55,7 @@ from mamba2lm.config import TrainConfig
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.ops import causal_conv1d, kernels
 from mamba2lm.training.adamw import AdamW
+from mamba2lm.training.graph import WARM_UP, CudaRecorder, StepGraphs, Tensors
 from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig, Optimizers
 from mamba2lm.training.parallelize import compile_blocks
 
@@ -161,18 +166,37 @@ def step_function(
     *,
     rate: float = 1e-3,
     adamw: AdamWImpl = AdamWImpl.auto,
+    graphs: StepGraphs | None = None,
 ) -> Callable[[], float]:
-    """Return one training step without arguments; it returns the loss."""
+    """Return one training step without arguments; it returns the loss.
+
+    Args:
+        subject: What learns.
+        ids: (b, l + 1).
+        seq_idx: Document ids (b, l), or None.
+        rate: Learning rate.
+        adamw: ``optimizer.impl``; of models of ours.
+        graphs: Replay passes by these, reading from the host's memory as in training.
+    """
     model = subject.model
     clip, update = _updates(model, rate, adamw)
+    inputs = {"ids": ids} if seq_idx is None else {"ids": ids, "seq_idx": seq_idx}
+    if graphs is not None:
+        inputs = {name: tensor.cpu() for name, tensor in inputs.items()}
+        if ids.is_cuda:
+            inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
 
-    def step() -> float:
+    def learn(inputs: Tensors) -> Tensors:
         with torch.autocast(ids.device.type, torch.bfloat16):
-            loss = subject.loss(ids, seq_idx)
+            loss = subject.loss(inputs["ids"], inputs.get("seq_idx"))
         with torch.autograd.set_multithreading_enabled(False):
             loss.backward()
+        return {"loss": loss.detach()}
+
+    def step() -> float:
+        found = learn(inputs) if graphs is None else graphs.run(learn, inputs, first=True)
         norm = clip()
-        values = torch.stack([loss.detach(), norm]).tolist()
+        values = torch.stack([found["loss"], norm]).tolist()
         update()
         return values[0]
 
@@ -267,7 +291,8 @@ def measure(
     mean_document: int | None = None,
     keep_outputs: bool = False,
     adamw: AdamWImpl = AdamWImpl.auto,
-    steps: int = 6,
+    cuda_graph: bool = False,
+    steps: int = 12,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Time one model.
@@ -281,6 +306,8 @@ def measure(
         mean_document: Mean length of packed documents; None packs none.
         keep_outputs: Whether mixers do, as ``training.keep_outputs`` has them.
         adamw: ``optimizer.impl``; of models of ours.
+        cuda_graph: Whether passes are replayed, as ``training.cuda_graph`` has them; of models of
+            ours that are not compiled.
         steps: How many to time.
         overrides: Of the configuration.
     """
@@ -295,20 +322,28 @@ def measure(
     if compiled and isinstance(subject.model, LanguageModel):
         compile_blocks(subject.model, ids.device)
     seq_idx = None if mean_document is None else documents(batch, length, mean_document)
-    step = step_function(subject, ids, seq_idx, adamw=adamw)
-    for _ in range(3):
+    graphs = None
+    if cuda_graph:
+        assert isinstance(subject.model, LanguageModel), "graphs are for models of ours"
+        graphs = StepGraphs(subject.model.parameters(), ids.device, CudaRecorder(ids.device))
+    step = step_function(subject, ids, seq_idx, adamw=adamw, graphs=graphs)
+    for number in range(WARM_UP + 2):
+        if number == WARM_UP:  # a recording takes what its replays use
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         step()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     seconds = []
     for _ in range(steps):
         begin = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begin)
-    memory = torch.cuda.max_memory_allocated()
+    memory, reserved = torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(PROFILED):
             step()
+    if graphs is not None:
+        graphs.close()
     kernels_run = device_kernels(profile)
     times: dict[str, tuple[float, float]] = {}
     for kernel in kernels_run:
@@ -322,6 +357,8 @@ def measure(
     second = statistics.median(seconds)
     found = gaps(kernels_run)
     groups["idle"] = sum(micros for micros, _, _ in found) / 1e3 / PROFILED
+    span = max(k.end for k in kernels_run) - min(k.begin for k in kernels_run)
+    busy_ms = span / 1e3 / PROFILED - groups["idle"]
     tokens = batch * length
     largest = sorted(times.items(), key=lambda item: -item[1][0])[:24]
     return {
@@ -331,14 +368,19 @@ def measure(
         "length": length,
         "compiled": compiled,
         "keep_outputs": keep_outputs,
+        "cuda_graph": cuda_graph,
         "adamw": adamw.value,
         "mean_document": mean_document,
         "step_ms": second * 1e3,
         "step_ms_low_high": [min(seconds) * 1e3, max(seconds) * 1e3],
+        "busy_ms": busy_ms,
         "tokens_per_second": tokens / second,
+        "tokens_per_second_best": tokens / min(seconds),
+        "tokens_per_second_busy": tokens / busy_ms * 1e3,
         "mfu": 3 * subject.flops_per_token * tokens / second / peak,
         "mfu_6n": 6 * subject.parameter_count() * tokens / second / peak,
         "peak_memory_gib": memory / 2**30,
+        "reserved_memory_gib": reserved / 2**30,
         "launches": len(kernels_run) // PROFILED,
         "groups_ms": dict(sorted(groups.items(), key=lambda item: -item[1])),
         "largest_kernels_ms": {short_name(kernel): list(taken) for kernel, taken in largest},
@@ -356,15 +398,17 @@ def describe(row: dict[str, Any]) -> str:
     extra = "".join(
         f" {word}" for word, on in (
             ("compiled", row["compiled"]), ("packed", row["mean_document"]),
-            ("keeping outputs", row["keep_outputs"]),
+            ("keeping outputs", row["keep_outputs"]), ("replayed", row["cuda_graph"]),
             ("with PyTorch's AdamW", row["adamw"] == "torch"),
         )
         if on
     )  # fmt: skip
     return (
         f"{row['model']}@{row['batch']}x{row['length']}{extra}: "
-        f"{row['tokens_per_second']:,.0f} tokens/s, {row['step_ms']:.1f} ms, "
-        f"MFU {row['mfu']:.1%} (6N {row['mfu_6n']:.1%}), {row['peak_memory_gib']:.1f} GiB, "
+        f"{row['tokens_per_second']:,.0f} tokens/s, {row['step_ms']:.1f} ms "
+        f"(best {row['step_ms_low_high'][0]:.1f}, busy {row['busy_ms']:.1f}), "
+        f"MFU {row['mfu']:.1%} (6N {row['mfu_6n']:.1%}), {row['peak_memory_gib']:.1f} GiB "
+        f"({row['reserved_memory_gib']:.1f} reserved), "
         f"{row['launches']} launches; "
         + ", ".join(f"{k} {v:.1f}" for k, v in row["groups_ms"].items())
     )
@@ -375,13 +419,14 @@ def time_models(arguments: argparse.Namespace) -> None:
     tune_briefly()
     peak = product_rate()
     results: dict[str, Any] = {"environment": environment(), "peak_tflops": peak / 1e12, "rows": []}
-    for entry in arguments.models:
+    replayed = {"off": (False,), "on": (True,), "both": (False, True)}[arguments.cuda_graph]
+    for entry, cuda_graph in itertools.product(arguments.models, replayed):
         name, _, batch = entry.partition("@")
         row = measure(
             name, int(batch or arguments.batch), arguments.length, peak,
             compiled=arguments.compile, mean_document=arguments.documents,
             keep_outputs=arguments.keep_outputs, adamw=AdamWImpl(arguments.adamw),
-            steps=arguments.steps,
+            cuda_graph=cuda_graph, steps=arguments.steps,
         )  # fmt: skip
         results["rows"].append(row)
         sys.stdout.write(describe(row) + "\n")
@@ -579,10 +624,16 @@ def main() -> int:
     )
     timed.add_argument("--batch", type=int, default=16)
     timed.add_argument("--length", type=int, default=2048)
-    timed.add_argument("--steps", type=int, default=6)
+    timed.add_argument("--steps", type=int, default=12)
     timed.add_argument("--documents", type=int, help="mean length of packed documents")
     timed.add_argument("--compile", action="store_true")
     timed.add_argument("--keep-outputs", action="store_true")
+    timed.add_argument(
+        "--cuda-graph",
+        choices=["off", "on", "both"],
+        default="off",
+        help="replay passes; both times every model without and with",
+    )
     timed.add_argument("--adamw", choices=[kind.value for kind in AdamWImpl], default="auto")
     timed.add_argument("--out", type=Path)
     compiled = commands.add_parser("compile-peer", help="compile what the peer's autotuners will")
@@ -598,6 +649,12 @@ def main() -> int:
     compared.add_argument("--out", type=Path)
     compared.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    if (
+        arguments.command == "time"
+        and arguments.cuda_graph != "off"
+        and (arguments.compile or any(name.startswith("peer:") for name in arguments.models))
+    ):
+        parser.error("--cuda-graph is for models of ours, and not with --compile")
     need_gpu(parser)
     commands_by_name = {
         "time": time_models, "compile-peer": compile_peer, "losses": compare_losses

@@ -116,6 +116,8 @@ class LanguageModel(nn.Module):
         self.config = config
         self.vocab_size = config.vocab_size
         self.activation_checkpointing = False
+        self.draws = False
+        """Whether training draws random numbers within blocks: recomputation draws them again."""
         self.tensor: TensorGroup | None = None
         """Whom heads and vocabulary are shared with; set by ``models.sharding``."""
         self.weights: DistributedWeights | None = None
@@ -201,7 +203,7 @@ class LanguageModel(nn.Module):
                     x_bld, added_bld = x_bld if added_bld is None else x_bld + added_bld, None
                     x_bld, added_bld, mine = checkpoint(  # type: ignore[misc]
                         block, x_bld, added_bld, mine, seq_idx, tensor, context,
-                        use_reentrant=False,
+                        use_reentrant=False, preserve_rng_state=self.draws,
                     )  # fmt: skip
                 else:
                     x_bld, added_bld, mine = block(x_bld, added_bld, mine, seq_idx, tensor, context)

@@ -8,6 +8,7 @@ remembers which version of its weight it is of.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,19 @@ def kept_copy(weight: Tensor) -> Copy | None:
     """Return the copy kept of a weight, to be updated with it; None where there is none."""
     copy = _followed.get(weight)
     return None if copy is None or copy.tensor is None else copy
+
+
+def renew(weights: Iterable[Tensor]) -> None:
+    """Make those copies anew whose weights have changed without them.
+
+    For who reads copies where no ``in_dtype`` looks after them: a replayed CUDA graph.
+    """
+    for weight in weights:
+        copy = kept_copy(weight)
+        if copy is not None and not copy.is_of(weight):
+            assert copy.tensor is not None
+            copy.tensor.copy_(weight.detach())
+            copy.mark(weight)
 
 
 def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:

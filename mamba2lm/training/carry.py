@@ -23,7 +23,10 @@ CARRIED = "carried.safetensors"
 
 
 class CarriedStates:
-    """The states of this process's rows, one batch of them for each micro-step."""
+    """The states of this process's rows, one batch of them for each micro-step.
+
+    They come and go as tensors by ``<layer>.<name>``.
+    """
 
     def __init__(self, model: LanguageModel, micro_steps: int, world: World) -> None:
         """Begin with nothing read.
@@ -34,22 +37,35 @@ class CarriedStates:
             world: The processes, each with rows of its own.
         """
         self._model, self._world = model, world
-        self._states: list[ModelState | None] = [None] * micro_steps
+        self._states: list[dict[str, Tensor] | None] = [None] * micro_steps
 
-    def before(self, micro_step: int, continues_b: Tensor) -> ModelState:
-        """Return what a micro-step's rows have read: nothing in rows that begin anew."""
+    def before(self, micro_step: int, rows: int) -> dict[str, Tensor]:
+        """Return what a micro-step's rows have read so far."""
+        state = self._states[micro_step]
+        return by_name(self._model.new_state(rows)) if state is None else state
+
+    def begin(self, tensors: Mapping[str, Tensor], continues_b: Tensor) -> ModelState:
+        """Return a micro-step's first state: what rows have read, nothing where they begin anew.
+
+        Args:
+            tensors: As ``before`` returned them, by the same names; others are passed over.
+            continues_b: Whether a row goes on.
+        """
         rows = continues_b.shape[0]
         fresh = self._model.new_state(rows)
-        state = self._states[micro_step]
-        if state is None:
-            return fresh
+        read = ModelState(
+            [
+                layer.replace(**{name: tensors[f"{i}.{name}"] for name in layer})
+                for i, layer in enumerate(fresh.layers)
+            ]
+        )
         row_b = torch.arange(rows, device=continues_b.device)
         chosen_b = torch.where(continues_b, row_b, row_b + rows)
-        return ModelState.concat([state, fresh]).rows(chosen_b)
+        return ModelState.concat([read, fresh]).rows(chosen_b)
 
-    def after(self, micro_step: int, state: ModelState) -> None:
-        """Keep what a micro-step's rows have read by now, without its history of gradients."""
-        self._states[micro_step] = state.detach()
+    def after(self, micro_step: int, tensors: dict[str, Tensor]) -> None:
+        """Keep what a micro-step's rows have read by now, without a history of gradients."""
+        self._states[micro_step] = tensors
 
     def forget(self) -> None:
         """Begin all rows anew, as after a step that was not finite."""
@@ -62,11 +78,10 @@ class CarriedStates:
             ``<micro-step>.<layer>.<name>`` → (processes, rows, …) on the CPU.
         """
         return {
-            f"{i}.{layer}.{name}": _gather(part[name], self._world).cpu()
+            f"{i}.{name}": _gather(tensor, self._world).cpu()
             for i, state in enumerate(self._states)
             if state is not None
-            for layer, part in enumerate(state.layers)
-            for name in part
+            for name, tensor in state.items()
         }
 
     def load(self, folder: Path, rows: int) -> bool:
@@ -82,21 +97,26 @@ class CarriedStates:
         """
         file = folder / CARRIED
         tensors = load_file(file) if file.is_file() else {}
-        states: list[ModelState | None] = []
+        states: list[dict[str, Tensor] | None] = []
         for i in range(len(self._states)):
-            layers = []
-            for number, kind in enumerate(self._model.new_state(rows).layers):
-                prefix = f"{i}.{number}."
-                mine = {}
-                for name in kind:
-                    saved = tensors.get(prefix + name)
-                    if saved is None or saved.shape[:2] != (self._world.size, rows):
-                        return False
-                    mine[name] = saved[self._world.rank].to(kind[name].device)
-                layers.append(kind.load(mine))
-            states.append(ModelState(layers))
+            mine = {}
+            for name, kind in by_name(self._model.new_state(rows)).items():
+                saved = tensors.get(f"{i}.{name}")
+                if saved is None or saved.shape != (self._world.size, *kind.shape):
+                    return False
+                mine[name] = saved[self._world.rank].to(kind)
+            states.append(mine)
         self._states = states
         return True
+
+
+def by_name(state: ModelState) -> dict[str, Tensor]:
+    """Return a state's tensors by ``<layer>.<name>``, without their history of gradients."""
+    return {
+        f"{i}.{name}": layer[name].detach()
+        for i, layer in enumerate(state.layers)
+        for name in layer
+    }
 
 
 def check_carried(model: LanguageModel, mesh: Mesh) -> None:

@@ -33,6 +33,11 @@ class TrainingConfig:
     where two steps without have shown that there is room."""
     compile: bool = False
     """Blocks through torch.compile; on a GPU not those of Mamba layers, which are one node each."""
+    cuda_graph: bool | None = False
+    """Record forward and backward pass, after three steps, as a CUDA graph that one launch starts:
+    for a host that launches kernels later than the GPU needs them. What a pass uses stays taken
+    between steps. For one process, or those of parallel.tensor alone; null: one process on a GPU,
+    where nothing speaks against it."""
     threads: int | None = None
     """CPU threads per process; null lets torch choose."""
     log_every: int = 10

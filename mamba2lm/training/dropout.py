@@ -30,6 +30,7 @@ class Dropout:
             rank: Processes of different ranks drop different numbers.
         """
         self.share, self.seed, self.rank = share, seed, rank
+        model.draws = True
         modules: list[nn.Module] = [model.embedding, *(block.mixer for block in model.blocks)]
         self.handles = [module.register_forward_hook(self._drop) for module in modules]
 

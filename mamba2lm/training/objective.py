@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mamba2lm.distributed import Mesh, World
-from mamba2lm.training.carry import CarriedStates
+from mamba2lm.training.carry import CarriedStates, by_name
+from mamba2lm.training.graph import StepGraphs, Tensors
 from mamba2lm.training.parallelize import ParallelModel
 from mamba2lm.training.precision import autocast
 
@@ -40,6 +41,7 @@ class Objective:
         *,
         dtype: torch.dtype,
         carried: CarriedStates | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         """Measure a model's loss.
 
@@ -49,10 +51,11 @@ class Objective:
             world: The processes.
             dtype: Of the matrix products.
             carried: The states that each micro-step begins from; None: all begin from nothing.
+            graphs: Replays micro-steps; None: they run launch by launch.
         """
         self._parallel, self._mesh, self._world = parallel, mesh, world
         self._device, self._dtype = world.device, dtype
-        self._carried = carried
+        self._carried, self._graphs = carried, graphs
 
     def backward(
         self,
@@ -75,16 +78,12 @@ class Objective:
         micro_batches = [self._stretch(batch) for batch in micro_batches]
         labels = sum(count_labels(batch) for batch in micro_batches)
         (count, *flags), before = self._sum_and_wait(labels / world.copies, *flags)
-        averaged = world.size // world.copies
         total = torch.zeros((), dtype=torch.float32, device=self._device)
+        # Processes average their gradients: times their number is the sum.
+        share = world.size // world.copies / max(count, 1.0)
         for i, batch in enumerate(micro_batches):
             with self._parallel.micro_batch(last=i == len(micro_batches) - 1):
-                loss = self._loss_sum(self._parallel.call, batch, carry=i)
-                # Processes average their gradients: times their number is the sum. Another thread
-                # would launch the same kernels after a hand-over in each direction.
-                with torch.autograd.set_multithreading_enabled(False):
-                    (loss * (averaged / max(count, 1.0))).backward()
-                total += loss.detach()
+                total += self._micro_step(i, batch, share)
         self._parallel.finish_gradients()
         norm = self._parallel.gradient_norm()
         clip(norm)
@@ -94,33 +93,65 @@ class Objective:
     def loss_sum(self, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
         """Return the summed loss, and how many labels, of this process's part of a batch."""
         batch = self._stretch(batch)
-        return self._loss_sum(self._parallel.model, batch), count_labels(batch)
+        moved = self._moved(batch)
+        with autocast(self._device, self._dtype):
+            output = self._parallel.model(
+                moved["input_ids"],
+                moved["labels"],
+                seq_idx=moved.get("seq_idx"),
+                loss_reduction="sum",
+            )
+        return output.loss, count_labels(batch)
 
     def _stretch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this process's stretch of sequences that several share."""
         context = self._mesh.context
         return batch if context is None else {k: context.stretch(v) for k, v in batch.items()}
 
-    def _loss_sum(
-        self, model: nn.Module, batch: dict[str, Tensor], carry: int | None = None
-    ) -> Tensor:
-        """Return the loss of a batch, from the state carried to this micro-step, if any is."""
-        moved = {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
-        carried = None if carry is None else self._carried
+    def _micro_step(self, number: int, batch: dict[str, Tensor], share: float) -> Tensor:
+        """Add a batch's gradient, times ``share``, to the parameters'; return its summed loss."""
+        share_tensor = torch.full((), share, dtype=torch.float32, device=self._device)
+        inputs = {**batch, "share": share_tensor}
+        carried = self._carried
+        if carried is not None:
+            inputs |= carried.before(number, len(batch["input_ids"]))
+        if self._graphs is not None:
+            outputs = self._graphs.run(self._learn, inputs, first=number == 0)
+        else:
+            outputs = self._learn(self._moved(inputs))
+        loss = outputs.pop("loss")
+        if carried is not None:
+            carried.after(number, outputs)
+        return loss
+
+    def _learn(self, inputs: Tensors) -> Tensors:
+        """Run forward and backward pass; the host decides nothing by what is in the tensors.
+
+        Args:
+            inputs: A batch, ``share`` and perhaps carried states, on the device.
+
+        Returns:
+            The summed ``loss``, and the states that carried ones have become.
+        """
         state = None
-        if carried is not None and carry is not None:
-            state = carried.before(carry, moved["continues"])
+        if self._carried is not None:
+            state = self._carried.begin(inputs, inputs["continues"])
         with autocast(self._device, self._dtype):
-            output = model(
-                moved["input_ids"],
-                moved["labels"],
-                seq_idx=moved.get("seq_idx"),
+            output = self._parallel.call(
+                inputs["input_ids"],
+                inputs["labels"],
+                seq_idx=inputs.get("seq_idx"),
                 state=state,
                 loss_reduction="sum",
             )
-        if carried is not None and carry is not None:
-            carried.after(carry, output.state)
-        return output.loss
+        # Another thread would launch the same kernels after a hand-over in each direction.
+        with torch.autograd.set_multithreading_enabled(False):
+            output.loss.backward(inputs["share"])
+        after = {} if output.state is None else by_name(output.state)
+        return {"loss": output.loss.detach(), **after}
+
+    def _moved(self, batch: Mapping[str, Tensor]) -> Tensors:
+        return {k: v.to(self._device, non_blocking=True) for k, v in batch.items()}
 
     def _sum_and_wait(self, *values: float | Tensor) -> tuple[list[float], float]:
         """Add numbers over processes; return the seconds that the others were later, too."""

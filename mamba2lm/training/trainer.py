@@ -32,6 +32,7 @@ from mamba2lm.training.checkpoint import (
 from mamba2lm.training.config import TrainingConfig
 from mamba2lm.training.dropout import Dropout
 from mamba2lm.training.faults import STOP_SIGNALS, StepPolicy, StopRequests
+from mamba2lm.training.graph import step_graphs
 from mamba2lm.training.hardware import readable_bytes, room_left
 from mamba2lm.training.meter import Meter
 from mamba2lm.training.metrics import (
@@ -134,8 +135,14 @@ class Trainer:
         self.carried = (
             CarriedStates(model, self.micro_steps, self.world) if config.carry_state else None
         )
+        self.graphs = step_graphs(config, self.mesh, self.device, model.parameters())
         self.objective = Objective(
-            self.parallel, self.mesh, self.world, dtype=dtype, carried=self.carried
+            self.parallel,
+            self.mesh,
+            self.world,
+            dtype=dtype,
+            carried=self.carried,
+            graphs=self.graphs,
         )
         self.validation = Validation(
             self.objective,
@@ -190,6 +197,7 @@ class Trainer:
             self._open_metrics() as metrics,
             self._batches() as batches,
             self._watched(),
+            contextlib.closing(self.graphs) if self.graphs else contextlib.nullcontext(),
         ):
             while not (self.complete or self.stop_signal):
                 ratio = learning_rate_ratio(self.schedule, progress.step, config.max_steps)

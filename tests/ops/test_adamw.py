@@ -180,3 +180,17 @@ def test_a_copy_is_of_the_weight_as_it_is() -> None:
         weight.add_(1)
     copy.mark(weight)  # who says so is believed
     assert torch.equal(copies.in_dtype(weight, torch.bfloat16), torch.tensor([5.0, 7.0]).bfloat16())
+
+
+def test_copies_are_renewed_where_their_weights_have_changed() -> None:
+    followed = [torch.nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0)]
+    loose = torch.nn.Parameter(torch.ones(2))
+    for weight in followed:
+        copies.follow(weight)
+    kept = [copies.in_dtype(weight, torch.bfloat16) for weight in followed]
+    with torch.no_grad():
+        followed[0].add_(0.5)
+        kept[1].fill_(9.0)  # its weight is as it was
+    copies.renew([*followed, loose])
+    assert [tensor.tolist() for tensor in kept] == [[1.5, 1.5], [9.0, 9.0]]
+    assert copies.in_dtype(followed[0], torch.bfloat16) is kept[0]

@@ -273,8 +273,12 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
     for width, launches, options in (
         (5120, (launch.FORWARD, launch.GATED_BACKWARD),
          {"GATED": True, "ADD": False, "HAS_DSUM": False, "TWO_DTYPES": False}),
+        (4096, (launch.FORWARD, launch.WIDE_GATED_BACKWARD),
+         {"GATED": True, "ADD": False, "HAS_DSUM": False, "TWO_DTYPES": False}),
         (2048, (launch.FORWARD, launch.MIDDLE_GATED_BACKWARD),
          {"GATED": True, "ADD": False, "HAS_DSUM": False, "TWO_DTYPES": False}),
+        (2048, (launch.FORWARD, launch.NARROW_BACKWARD),
+         {"GATED": False, "ADD": True, "HAS_DSUM": True, "TWO_DTYPES": True}),
         (768, (launch.FORWARD, launch.NARROWEST_BACKWARD),
          {"GATED": False, "ADD": True, "HAS_DSUM": True, "TWO_DTYPES": True}),
     ):  # fmt: skip
@@ -292,7 +296,7 @@ def test_kernels_compile_without_a_gpu(target: tuple[str, Any, int]) -> None:
             )
 
 
-@pytest.mark.parametrize("width", [768, 1024, 1536, 2048])
+@pytest.mark.parametrize("width", [768, 1024, 1536, 2048, 4096])
 def test_gates_gradient_takes_a_row_at_a_time_in_few_registers(width: int) -> None:
     blocks = launch.backward_blocks(width, gated=True)
     rows = launch._rows_at_once(width, blocks)

@@ -96,16 +96,20 @@ def make_trainer(
     parallel: ParallelConfig | None = None,
     num_workers: int = 0,
     write_sample: Callable[[LanguageModel], str] | None = None,
+    cpu: bool = True,
     **training: Any,
 ) -> Trainer:
-    """Build a trainer the way the command does, for 12 steps of 4 sequences in float32."""
+    """Build a trainer the way the command does, for 12 steps of 4 sequences in float32.
+
+    It trains on the CPU unless ``cpu`` is false.
+    """
     settings: dict[str, Any] = {
         "max_steps": 12, "batch_size": 4, "precision": Precision.fp32, "log_every": 1,
         "eval_every": 0, "save_every": 100, "peak_tflops": 1.0, **training,
     }  # fmt: skip
     if model is None:
         model = tiny_model(vocab_size=corpus.vocab_size)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=cpu)
     world = World(accelerator.process_index, accelerator.num_processes, accelerator.device)
     run = world.decide(lambda: open_run(str(run_dir), resume))
     if world.is_main:

@@ -7,8 +7,10 @@ import torch
 
 from benchmarks.training import Interval, Subject, gaps, group_of, longest_gaps, step_function
 from mamba2lm.models import LanguageModel
+from mamba2lm.training.graph import WARM_UP, StepGraphs
 from mamba2lm.training.optimizer import AdamWImpl
 from tests.training.helpers import tiny_model
+from tests.training.recording import StandIn
 
 
 def test_gaps_are_when_nothing_runs() -> None:
@@ -43,11 +45,19 @@ def test_kernels_are_told_apart(kernel: str, group: str) -> None:
     assert group_of(kernel) == group
 
 
-def test_a_timed_step_trains_the_model() -> None:
-    model: LanguageModel = tiny_model("MF")
-    subject = Subject(model, lambda ids, s: model(ids[:, :-1], ids[:, 1:], seq_idx=s).loss, 1.0)
-    ids = torch.randint(257, (2, 17), generator=torch.Generator().manual_seed(0))
-    step = step_function(subject, ids, None, rate=1e-2, adamw=AdamWImpl.auto)
-    losses = [step() for _ in range(6)]
-    assert losses[-1] < losses[0] - 0.5
-    assert all(parameter.grad is None for parameter in model.parameters())
+def test_a_timed_step_trains_the_model_replayed_or_not() -> None:
+    found = []
+    for replayed in (False, True):
+        model: LanguageModel = tiny_model("MF")
+        subject = Subject(model, lambda i, s, m=model: m(i[:, :-1], i[:, 1:], seq_idx=s).loss, 1.0)
+        ids = torch.randint(257, (2, 17), generator=torch.Generator().manual_seed(0))
+        seq_idx = torch.arange(16).div(6, rounding_mode="floor").expand(2, -1)
+        stand_in = StandIn(model.parameters())
+        graphs = StepGraphs(model.parameters(), ids.device, stand_in) if replayed else None
+        step = step_function(subject, ids, seq_idx, rate=1e-2, adamw=AdamWImpl.auto, graphs=graphs)
+        losses = [step() for _ in range(6)]
+        assert losses[-1] < losses[0] - 0.5
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert stand_in.replayed == (6 - WARM_UP if replayed else 0)
+        found.append(losses)
+    assert found[0] == found[1]

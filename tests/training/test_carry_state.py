@@ -16,6 +16,7 @@ from mamba2lm.data import Corpus, DataConfig, DataKind, TokenizerConfig, Tokeniz
 from mamba2lm.data.sampler import StreamOrder
 from mamba2lm.models import LanguageModel
 from mamba2lm.schema import ConfigError
+from mamba2lm.training.carry import by_name
 from mamba2lm.training.metrics import read_metrics
 from mamba2lm.training.objective import Gradient
 from mamba2lm.training.optimizer import OptimizerConfig
@@ -143,14 +144,13 @@ def test_no_gradient_crosses_a_step(tmp_path: Path) -> None:
     trainer.fit()
     assert trainer.carried is not None
     for micro_step in range(2):
-        state = trainer.carried.before(micro_step, torch.ones(2, dtype=torch.bool))
-        assert all(not part[name].requires_grad for part in state.layers for name in part)
-        assert any(part[name].abs().max() > 0 for part in state.layers for name in part)
-        mixed = trainer.carried.before(micro_step, torch.tensor([True, False]))
-        for part, whole in zip(mixed.layers, state.layers, strict=True):
-            for name in part:
-                assert part[name][0].equal(whole[name][0])
-                assert part[name][1].abs().max() == 0
+        state = trainer.carried.before(micro_step, 2)
+        assert not any(tensor.requires_grad for tensor in state.values())
+        assert any(tensor.abs().max() > 0 for tensor in state.values())
+        mixed = by_name(trainer.carried.begin(state, torch.tensor([True, False])))
+        for name, tensor in mixed.items():
+            assert tensor[0].equal(state[name][0])
+            assert tensor[1].abs().max() == 0
 
 
 def test_a_stopped_run_goes_on_with_its_states(tmp_path: Path) -> None:
@@ -182,8 +182,8 @@ def test_a_step_that_is_not_finite_is_not_carried_on(tmp_path: Path) -> None:
         seen.append(gradient.loss)
         if len(seen) == 1:
             assert trainer.carried is not None
-            state = trainer.carried.before(0, torch.ones(ROWS, dtype=torch.bool))
-            state.layers[0]["ssm"].fill_(math.nan)
+            state = trainer.carried.before(0, ROWS)
+            state["0.ssm"].fill_(math.nan)
             trainer.carried.after(0, state)
             gradient.loss = math.nan
         return gradient

@@ -47,10 +47,12 @@ class Blocks:
 
 FORWARD = Blocks(warps=8, elements=32, programs=4224, stages=3)
 BACKWARD = Blocks(warps=4, elements=12, programs=264, stages=2)
-NARROW_BACKWARD = Blocks(warps=4, elements=24, programs=264, stages=3)
+MIDDLE_BACKWARD = Blocks(warps=4, elements=24, programs=264, stages=3)
+NARROW_BACKWARD = Blocks(warps=4, elements=16, programs=264, stages=2)
 NARROWEST_BACKWARD = Blocks(warps=2, elements=24, programs=264, stages=3)
 GATED_BACKWARD = Blocks(warps=8, elements=24, programs=264, stages=3)
-MIDDLE_GATED_BACKWARD = Blocks(warps=4, elements=16, programs=264, stages=3)
+WIDE_GATED_BACKWARD = Blocks(warps=16, elements=8, programs=132, stages=3)
+MIDDLE_GATED_BACKWARD = Blocks(warps=8, elements=8, programs=264, stages=3)
 NARROW_GATED_BACKWARD = Blocks(warps=4, elements=12, programs=264, stages=3)
 
 
@@ -61,10 +63,14 @@ def backward_blocks(width: int, gated: bool) -> Blocks:
         # to itself.
         if width <= 1536:
             return NARROW_GATED_BACKWARD
-        return MIDDLE_GATED_BACKWARD if width <= 2048 else GATED_BACKWARD
+        if width <= 2048:
+            return MIDDLE_GATED_BACKWARD
+        return WIDE_GATED_BACKWARD if width <= 4096 else GATED_BACKWARD
     if width <= 1024:
         return NARROWEST_BACKWARD
-    return NARROW_BACKWARD if width <= 2560 else BACKWARD
+    if width <= 2048:
+        return NARROW_BACKWARD
+    return MIDDLE_BACKWARD if width <= 2560 else BACKWARD
 
 
 STAGED_BYTES = 64 * 1024
