@@ -44,7 +44,7 @@ from mamba2lm.inference.prefill import Prefill
 from mamba2lm.inference.request import Job
 from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import Drawn
-from mamba2lm.inference.server import SWITCH_SECONDS, http_server, listen
+from mamba2lm.inference.server import http_server, listen, settle
 from mamba2lm.models import LanguageModel, ModelConfig
 from mamba2lm.schema import from_mapping
 
@@ -76,11 +76,16 @@ class PacedFlight(Flight):
     """Tokens that arrive at a set time."""
 
     due: float
+    seconds: float
 
     def wait(self) -> None:
         """Wait until they would have come from a GPU."""
         if (left := self.due - time.perf_counter()) > 0:
             time.sleep(left)
+
+    def step_seconds(self) -> float:
+        """Return the set time."""
+        return self.seconds
 
 
 class PacedBatch(Batch):
@@ -108,9 +113,11 @@ class PacedBatch(Batch):
                 self.slots[index] = last
 
     def _flight(self, count: int, slots: Sequence[Slot]) -> Flight:
-        token_tb = torch.randint(300, VOCAB_SIZE - 300, (count, len(slots)))
+        # A text's ids are few of all there are.
+        token_tb = torch.randint(300, 5000, (count, len(slots)))
         drawn = [Drawn(token_b.clone(), None, None, None) for token_b in token_tb]
         flight = PacedFlight(drawn, slots)
+        flight.seconds = self.seconds
         flight.due = max(time.perf_counter(), self._free_at) + count * self.seconds
         self._free_at = flight.due
         for slot in slots:
@@ -139,7 +146,7 @@ class PacedEngine(Engine):
             "mixers": {"M": {"type": "mamba2", "d_state": 8, "headdim": 8}},
         }  # fmt: skip
         model = LanguageModel(from_mapping(ModelConfig, values, "model")).eval()
-        super().__init__(model, wordy_tokenizer(), max_rows=rows, sync_every=8)
+        super().__init__(model, wordy_tokenizer(), max_rows=rows, sync_every=16)
         self.batch = PacedBatch(model, rows)
         self.batch.seconds = step_ms / 1e3
         self._overlap = True  # as on a GPU
@@ -200,7 +207,7 @@ def served(engine: Engine) -> Iterator[tuple[int, dict[str, threading.Thread]]]:
     config = ServeConfig(checkpoint="none", port=0, state_cache_mib=0, max_waiting=1000)
     http = http_server(config, engine, "benchmark")
     switch = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)  # as the server's command does
+    settle()  # as the server's command does
     with listen(config) as sock:
         thread = threading.Thread(target=http.run, kwargs={"sockets": [sock]})
         thread.start()
@@ -213,6 +220,7 @@ def served(engine: Engine) -> Iterator[tuple[int, dict[str, threading.Thread]]]:
             http.handle_exit(signal.SIGTERM, None)
             thread.join()
             sys.setswitchinterval(switch)
+            gc.unfreeze()
 
 
 def streamed(

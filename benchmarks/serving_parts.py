@@ -86,7 +86,7 @@ class Parts:
             "us_per_token": {
                 part: round(used / tokens * 1e6, 3)
                 for part, used in sorted(self.seconds.items(), key=lambda item: -item[1])
-            }
+            },
         }
         if self._on_gpu:
             torch.cuda.synchronize()

@@ -70,21 +70,27 @@ class DrawnTokens:
 class Flight:
     """What one or more steps have drawn, on its way to the host."""
 
-    def __init__(self, drawn: Sequence[Drawn], slots: Sequence[Slot]) -> None:
+    def __init__(
+        self,
+        drawn: Sequence[Drawn],
+        slots: Sequence[Slot],
+        began: float | torch.cuda.Event | None = None,
+    ) -> None:
         """Begin to fetch it, without waiting for it.
 
         Args:
             drawn: Of each step.
             slots: The rows that it was drawn for.
+            began: When the first step did, as ``_now`` told it; None where it was no step.
         """
         self.slots = list(slots)
         self.steps = len(drawn)
-        self.began_at = time.perf_counter()
+        self._began = began
+        self._ended_at = time.perf_counter()
         self._fetched = [self._fetch(tensors) for tensors in zip(*drawn, strict=True)]
-        self._arrived: torch.cuda.Event | None = None
+        self._arrived: float | torch.cuda.Event | None = None
         if drawn[0].token_b.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived = _now(drawn[0].token_b.device)
 
     def _fetch(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         real = [tensor for tensor in tensors if tensor is not None]
@@ -98,8 +104,15 @@ class Flight:
 
     def wait(self) -> None:
         """Wait for it."""
-        if self._arrived is not None:
+        if isinstance(self._arrived, torch.cuda.Event):
             self._arrived.synchronize()
+
+    def step_seconds(self) -> float | None:
+        """Return how long the device took a step, once waited for; None where it was no step."""
+        if isinstance(self._began, torch.cuda.Event):
+            assert isinstance(self._arrived, torch.cuda.Event)
+            return self._began.elapsed_time(self._arrived) / 1e3 / self.steps
+        return None if self._began is None else (self._ended_at - self._began) / self.steps
 
     def tokens(self) -> list[DrawnTokens]:
         """Wait for it; return one after the other what each row has drawn."""
@@ -235,13 +248,14 @@ class Batch:
             scratch = self._once(rows, slots, features, scratch=True)
             once = self._graphs.recorded((rows, slots, features), once, scratch)
         drawn = []
+        began = _now(self._device)
         for _ in range(count):
             result = once()
             drawn.append(Drawn(*(None if t is None else t.clone() for t in result)))  # type: ignore[arg-type]
         for slot in self.slots:
             slot.tokens += count
             slot.left -= count
-        return Flight(drawn, self.slots)
+        return Flight(drawn, self.slots, began)
 
     @torch.inference_mode()
     def state_of(self, index: int) -> ModelState:
@@ -358,6 +372,15 @@ class Batch:
         """Drop the recorded steps: they write to buffers that are no more."""
         if self._graphs is not None:
             self._graphs = Graphs()
+
+
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    """Return the time; of a GPU, when it has done all that it has been told so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _slots_for(tokens: int) -> int:

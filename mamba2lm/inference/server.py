@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -94,9 +95,21 @@ def http_server(config: ServeConfig, engine: Engine, model_name: str) -> Uvicorn
         timeout_graceful_shutdown=int(config.drain_timeout) + LAST_WORDS,
         timeout_keep_alive=30,
         server_header=False,
+        proxy_headers=False,
         lifespan="on",
     )
     return UvicornServer(settings, server)
+
+
+def settle() -> None:
+    """Make the interpreter fit for two threads that must not wait for each other.
+
+    What is there by now stays: a search for garbage among all of it, with PyTorch half a million
+    objects, would hold both threads for a fifth of a second again and again.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
 
 
 def serve(config: ServeConfig, engine: Engine, model_name: str) -> None:
@@ -115,7 +128,7 @@ def serve(config: ServeConfig, engine: Engine, model_name: str) -> None:
         # Uvicorn raises the signals that ended it once more when it is done.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        sys.setswitchinterval(SWITCH_SECONDS)
+        settle()
         http.run(sockets=[sock])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mamba2lm.inference import Engine, Event, Job, Request, SamplingConfig
+from mamba2lm.inference.batch import Flight
 from mamba2lm.inference.request import EngineStats
 from mamba2lm.inference.rows import Rows
 from mamba2lm.inference.sampling import SamplingRows
@@ -674,6 +675,35 @@ def test_only_a_stream_is_told_of_every_stride(stops: list[str]) -> None:
     assert heard[True][1:] == heard[False][1:]
     assert heard[True][0] > 5
     assert heard[False][0] == 2
+
+
+def test_a_late_host_looks_less_often_and_streams_go_by_the_devices_pace() -> None:
+    built = engine("MM", sync_every=16)
+    ids = random_ids(5)[0]
+    job = built.submit(Request(ids, GREEDY, 100, ignore_eos=True))
+    strides: list[int] = []
+    launch = built.batch.launch
+
+    def launched(count: int = 1) -> Flight:
+        strides.append(count)
+        return launch(count)
+
+    built.batch.launch = launched  # type: ignore[method-assign]
+    built._late = 0.0
+    built.advance()
+    # On a CPU nothing is left to wait for.
+    for _ in range(4):
+        assert 0 < built._late < 0.5
+        built.advance()
+    built._late = 0.6
+    built.advance()
+    assert strides == [8, 8, 8, 8, 8, 16]
+    built.submit(Request(ids, GREEDY, 100, ignore_eos=True, stream=True))
+    built._step_seconds = 0.004
+    built.advance()
+    assert strides[-1] == 2
+    assert 0 < built._step_seconds < 0.5
+    built.cancel(job)
 
 
 def test_a_reply_for_the_cache_is_not_read_beyond_its_end() -> None:
