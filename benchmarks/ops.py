@@ -80,6 +80,7 @@ SHAPES = (
     Shape("B1 L2048 H80", 1, 2048, 80),
     Shape("B8 L2048 H24", 8, 2048, 24),
     Shape("B1 L65536 H64", 1, 65536, 64),
+    Shape("B4 L8192 H64", 4, 8192, 64),
     Shape("S* N64", 8, 4096, 80, n=64),
     Shape("S* N256", 8, 4096, 80, n=256),
     Shape("S* G8", 8, 4096, 80, g=8),
@@ -349,6 +350,11 @@ def tried_blocks(kernel_name: str, *, wide: bool) -> list[tuple[int, Blocks]]:
         kernel_name: A field of ``Config``.
         wide: Whether the state has more than 128 columns.
     """
+    if kernel_name == "fused" and wide:  # a program's state is all its registers
+        return [
+            (64, Blocks(w, s, p, direct=True))
+            for w, s, p in ((8, 1, 64), (8, 2, 64), (8, 2, 32), (4, 1, 32))
+        ]
     if kernel_name == "fused":
         return [
             (64, Blocks(4, s, p, direct=direct))
@@ -473,8 +479,13 @@ def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[s
 
 
 CLASSES: tuple[tuple[str, str, dict[str, tuple[int, int]]], ...] = (
-    ("S* N256", "states scan states_backward through within", {"state": (8193, 16384)}),
-    ("S*", "fused states scan states_backward through within", {"rows": (264, 10**9)}),
+    ("S* N256", "fused states scan states_backward through within", {"state": (8193, 16384)}),
+    ("S*", "fused states scan states_backward through within", {"rows": (377, 10**9)}),
+    (
+        "B4 L8192 H64",
+        "fused states scan states_backward through within",
+        {"rows": (192, 264)},
+    ),
     (
         "B1 L65536 H64",
         "states scan states_backward through within",

@@ -10,7 +10,7 @@ import codecs
 import enum
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -114,7 +114,7 @@ class Tokenizer:
         self._special_ids = frozenset(
             token["id"] for token in state.get("added_tokens", []) if token["special"]
         )
-        self._bytes: dict[int, bytes] = {}  # of the ids asked for so far
+        self._bytes = _Remembered(self._find_bytes)
         self._cuttable: bool | None = None
         # Bytes need no search for merges: theirs are encoded several times faster without.
         model = state["model"]
@@ -273,10 +273,12 @@ class Tokenizer:
 
         A special token and an id without a token stand for none.
         """
-        found = self._bytes.get(token_id)
-        if found is None:
-            found = self._bytes[token_id] = self._find_bytes(token_id)
-        return found
+        return self._bytes[token_id]
+
+    def joined_bytes(self, token_ids: Iterable[int]) -> bytes:
+        """Return the bytes that several such ids stand for, one after the other."""
+        known = self._bytes
+        return b"".join([known[token_id] for token_id in token_ids])
 
     def _find_bytes(self, token_id: int) -> bytes:
         token = self._inner.id_to_token(token_id)
@@ -287,6 +289,18 @@ class Tokenizer:
             return bytes(values[character] for character in token)
         except KeyError:  # an added token is kept as plain text
             return token.encode()
+
+
+class _Remembered(dict[int, bytes]):
+    """Bytes of the ids asked for so far; an id known costs a look into a dict."""
+
+    def __init__(self, find: Callable[[int], bytes]) -> None:
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, token_id: int) -> bytes:
+        found = self[token_id] = self._find(token_id)
+        return found
 
 
 class TextStream:
@@ -316,7 +330,7 @@ class ByteStream(TextStream):
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def extend(self, token_ids: Iterable[int]) -> str:
-        return self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, token_ids)))
+        return self._decoder.decode(self._tokenizer.joined_bytes(token_ids))
 
     def flush(self) -> str:
         rest = self._decoder.decode(b"", final=True)

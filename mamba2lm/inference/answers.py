@@ -379,8 +379,11 @@ class EventStream(Response):
         await give(last, more=False)
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return _ENCODER.encode(value)
 
 
 def busy(status: int, message: str) -> ApiError:

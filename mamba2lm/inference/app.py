@@ -143,9 +143,8 @@ class Server:
             ("/health", "GET", self.health),
             ("/metrics", "GET", self.metrics),
         ):
-            app.add_api_route(
-                path, self._guarded(path, handle), methods=[method], response_model=None
-            )
+            # As Starlette's route: these endpoints read their requests themselves.
+            app.add_route(path, self._guarded(path, handle), methods=[method])
         return app
 
     def _guarded(

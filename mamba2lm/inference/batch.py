@@ -14,7 +14,6 @@ longest row, so a step reads no more than twice what it needs.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ import torch
 from torch import Tensor
 
 from mamba2lm.inference.decoding import TokenLogprob
+from mamba2lm.inference.graphs import Graphs
+from mamba2lm.inference.rows import Read, Rows
 from mamba2lm.inference.sampling import Drawn, Features, SamplingConfig, SamplingRows, draw
 from mamba2lm.inference.structured import Constraint
 from mamba2lm.models import LanguageModel, ModelState
-
-log = logging.getLogger(__name__)
 
 # From four rows on, MKL's float32 products give a row the same bits however many rows there are;
 # with fewer it takes other routines. So a batch never changes what a row draws on a CPU.
@@ -71,21 +70,27 @@ class DrawnTokens:
 class Flight:
     """What one or more steps have drawn, on its way to the host."""
 
-    def __init__(self, drawn: Sequence[Drawn], slots: Sequence[Slot]) -> None:
+    def __init__(
+        self,
+        drawn: Sequence[Drawn],
+        slots: Sequence[Slot],
+        began: float | torch.cuda.Event | None = None,
+    ) -> None:
         """Begin to fetch it, without waiting for it.
 
         Args:
             drawn: Of each step.
             slots: The rows that it was drawn for.
+            began: When the first step did, as ``_now`` told it; None where it was no step.
         """
         self.slots = list(slots)
         self.steps = len(drawn)
-        self.began_at = time.perf_counter()
+        self._began = began
+        self._ended_at = time.perf_counter()
         self._fetched = [self._fetch(tensors) for tensors in zip(*drawn, strict=True)]
-        self._arrived: torch.cuda.Event | None = None
+        self._arrived: float | torch.cuda.Event | None = None
         if drawn[0].token_b.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            self._arrived = _now(drawn[0].token_b.device)
 
     def _fetch(self, tensors: Sequence[Tensor | None]) -> Tensor | None:
         real = [tensor for tensor in tensors if tensor is not None]
@@ -97,10 +102,21 @@ class Flight:
         host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
         return host.copy_(stacked, non_blocking=True)
 
+    def wait(self) -> None:
+        """Wait for it."""
+        if isinstance(self._arrived, torch.cuda.Event):
+            self._arrived.synchronize()
+
+    def step_seconds(self) -> float | None:
+        """Return how long the device took a step, once waited for; None where it was no step."""
+        if isinstance(self._began, torch.cuda.Event):
+            assert isinstance(self._arrived, torch.cuda.Event)
+            return self._began.elapsed_time(self._arrived) / 1e3 / self.steps
+        return None if self._began is None else (self._ended_at - self._began) / self.steps
+
     def tokens(self) -> list[DrawnTokens]:
         """Wait for it; return one after the other what each row has drawn."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.wait()
         token_bt, logprob_bt, top_btw, top_token_btw = (
             [] if tensor is None else tensor.transpose(0, 1).tolist() for tensor in self._fetched
         )
@@ -149,11 +165,11 @@ class Batch:
         self.grows = any(not block.mixer.constant_state for block in model.blocks)
         """Whether a row takes more memory with every token."""
         self._capacity = self._room = 0
-        self._state = model.new_state(0, recurrent_dtype=recurrent_dtype)
+        self._states = self._no_states()
         self._rows = SamplingRows.new(0, self._device)
         self._token_b = torch.zeros(0, dtype=torch.int64, device=self._device)
         self._needs: Features | None = None  # of all rows, while these are the rows
-        self._graphs: Graphs | None = None
+        self._graphs: Graphs[Drawn] | None = None
         if graphs and self._device.type == "cuda":
             self._graphs = Graphs()
 
@@ -173,17 +189,15 @@ class Batch:
     @property
     def nbytes(self) -> int:
         """Bytes of the state buffers."""
-        return self._state.nbytes
+        return self._states.nbytes
 
     @torch.inference_mode()
-    def join(
-        self, slots: Sequence[Slot], states: Sequence[ModelState], logits_bv: Tensor
-    ) -> Flight:
+    def join(self, slots: Sequence[Slot], states: Sequence[Read], logits_bv: Tensor) -> Flight:
         """Add rows and draw the first token of each.
 
         Args:
             slots: What is known of each.
-            states: The state of each after its prompt, of one row; copied.
+            states: The state of each after its prompt; copied.
             logits_bv: Of each row's first token.
         """
         old, new = len(self), len(self) + len(slots)
@@ -195,9 +209,9 @@ class Batch:
         if any(slot.constraint for slot in slots) and self._rows.mask_bw is None:
             self._rows.track_masks(self._model.vocab_size)
             self._forget_graphs()
-        for i, (slot, state) in enumerate(zip(slots, states, strict=True), start=old):
-            self._state.put(i, state)
-            self._rows.put(i, slot.sampling, slot.seed, slot.seen)
+        for i, state in enumerate(states, start=old):
+            self._states.put(i, state)
+        self._rows.put(old, [(slot.sampling, slot.seed, slot.seen) for slot in slots])
         self._allow(slots, old)
         features = self._features(slots)
         drawn = draw(logits_bv, self._rows.rows(old, new), features)
@@ -234,18 +248,19 @@ class Batch:
             scratch = self._once(rows, slots, features, scratch=True)
             once = self._graphs.recorded((rows, slots, features), once, scratch)
         drawn = []
+        began = _now(self._device)
         for _ in range(count):
             result = once()
             drawn.append(Drawn(*(None if t is None else t.clone() for t in result)))  # type: ignore[arg-type]
         for slot in self.slots:
             slot.tokens += count
             slot.left -= count
-        return Flight(drawn, self.slots)
+        return Flight(drawn, self.slots, began)
 
     @torch.inference_mode()
     def state_of(self, index: int) -> ModelState:
         """Return a copy of one row's state, which has read all but the token drawn last."""
-        state = self._state.row(index, self.slots[index].tokens)
+        state = self._states.taken(index, self.slots[index].tokens)
         if self._recurrent_dtype is None:
             return state
         like = self._model.new_state(0)
@@ -263,7 +278,7 @@ class Batch:
         for index in sorted(indices, reverse=True):
             last = len(self) - 1
             if index < last:
-                self._state.put(index, self._state.row(last, self.slots[last].tokens))
+                self._states.move(last, index, self.slots[last].tokens)
                 self._rows.move(last, index)
                 self._token_b[index].copy_(self._token_b[last])
                 self.slots[index] = self.slots[last]
@@ -276,9 +291,12 @@ class Batch:
         self.slots.clear()
         self._forget_graphs()
         self._capacity = self._room = 0
-        self._state = self._model.new_state(0, recurrent_dtype=self._recurrent_dtype)
+        self._states = self._no_states()
         self._rows = SamplingRows.new(0, self._device)
         self._token_b = self._token_b[:0].clone()
+
+    def _no_states(self) -> Rows:
+        return Rows.like(self._model.new_state(0, recurrent_dtype=self._recurrent_dtype), 0)
 
     def _once(
         self, rows: int, slots: int, features: Features, *, scratch: bool = False
@@ -287,7 +305,7 @@ class Batch:
 
         def run() -> Drawn:
             state, settings, token_b = (
-                self._state.first(rows, slots),
+                self._states.state.first(rows, slots),
                 self._rows.rows(0, rows),
                 self._token_b[:rows],
             )
@@ -338,18 +356,15 @@ class Batch:
             if self._max_rows > 1:
                 rows, most = max(rows, _INITIAL_ROWS), max(most, _FEWEST_CPU_ROWS)
             capacity = min(max(rows, 2 * self._capacity), most)
-            more = self._model.new_state(
-                capacity - self._capacity, recurrent_dtype=self._recurrent_dtype
-            )
-            state = ModelState.concat([self._state, more])
+            states = self._states.grown(capacity)
             token_b = self._token_b.new_zeros(capacity)
             token_b[: self._capacity] = self._token_b
             # All of it or, where memory runs out, nothing.
             self._rows = self._rows.grown(capacity)
-            self._state, self._token_b, self._capacity = state, token_b, capacity
+            self._states, self._token_b, self._capacity = states, token_b, capacity
             self._forget_graphs()
         if self.grows and tokens > self._room:
-            self._state = self._model.reserve(self._state, _slots_for(tokens))
+            self._states = self._states.reserved(self._model, _slots_for(tokens))
             self._room = _slots_for(tokens)
             self._forget_graphs()
 
@@ -359,57 +374,13 @@ class Batch:
             self._graphs = Graphs()
 
 
-class Graphs:
-    """CUDA graphs of steps, by shape."""
-
-    def __init__(self) -> None:
-        self._by_shape: dict[tuple[object, ...], Callable[[], Drawn]] = {}
-        self._pool: Any = None
-
-    def recorded(
-        self,
-        shape: tuple[object, ...],
-        once: Callable[[], Drawn],
-        scratch: Callable[[], Drawn],
-    ) -> Callable[[], Drawn]:
-        """Return what replays ``once``, recording it where this shape is new.
-
-        Args:
-            shape: What the step's shapes depend on.
-            once: The step; recording does not run it.
-            scratch: The same step without effects, run first so that everything is compiled.
-        """
-        if shape not in self._by_shape:
-            try:
-                self._by_shape[shape] = self._record(once, scratch)
-            except RuntimeError as error:
-                # A mixer may do what a graph cannot hold; it then runs as it does elsewhere.
-                log.warning(
-                    "a step of shape %s cannot be recorded and runs op by op: %s", shape, error
-                )
-                self._by_shape[shape] = once
-        return self._by_shape[shape]
-
-    def _record(
-        self, once: Callable[[], Drawn], scratch: Callable[[], Drawn]
-    ) -> Callable[[], Drawn]:
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):
-                scratch()
-        torch.cuda.current_stream().wait_stream(aside)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            drawn = once()
-
-        def replay() -> Drawn:
-            graph.replay()
-            return drawn
-
-        return replay
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    """Return the time; of a GPU, when it has done all that it has been told so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _slots_for(tokens: int) -> int:

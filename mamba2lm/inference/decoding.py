@@ -53,6 +53,7 @@ class Row:
         stop: Sequence[str] = (),
         stop_token_ids: Collection[int] = (),
         ignore_eos: bool = False,
+        grows: bool = True,
     ) -> None:
         """Start a text.
 
@@ -62,10 +63,15 @@ class Row:
             stop: Strings that the text ends before.
             stop_token_ids: Ids that end it, beside the end-of-text id.
             ignore_eos: Go on after the end-of-text id, as if it were any other.
+            grows: Whether somebody reads the text before its end. Else tokens become text then
+                only, unless there are stop strings to look for.
         """
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
+        self.told = 0
+        """Tokens that ``news`` has given."""
+        self._told_text = 0
         self.finish_reason: FinishReason | None = None
         self.finished_at = 0.0
         self.ended_by: int | None = None
@@ -75,6 +81,7 @@ class Row:
         self._max_new_tokens = max_new_tokens
         self._stop = StopStrings(stop)
         self._decoder = tokenizer.stream()
+        self._grows = grows
 
     @property
     def left(self) -> int:
@@ -107,7 +114,7 @@ class Row:
                 if self._stop.found:
                     token_ids = token_ids[: place + 1]
                     break
-        else:
+        elif self._grows:
             text = self._decoder.extend(token_ids)
         self.token_ids += token_ids
         if logprobs is not None:
@@ -122,9 +129,19 @@ class Row:
             text += self.finish("length")
         return text
 
+    def news(self) -> tuple[str, int, list[TokenLogprob]]:
+        """Return text, number of tokens, and their log-probabilities, since the last call."""
+        text, tokens = self.text[self._told_text :], len(self.token_ids) - self.told
+        logprobs = self.logprobs[self.told :]
+        self._told_text, self.told = len(self.text), len(self.token_ids)
+        return text, tokens, logprobs
+
     def finish(self, reason: FinishReason) -> str:
         """End the text; return what was held back of it."""
-        text = self._stop.push(self._decoder.flush())
+        text = ""
+        if not (self._grows or self._stop.looks):
+            text = self._decoder.extend(self.token_ids)
+        text += self._stop.push(self._decoder.flush())
         text += self._stop.flush()
         self.finish_reason = "stop" if self._stop.found else reason
         self.finished_at = time.perf_counter()

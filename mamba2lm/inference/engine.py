@@ -27,14 +27,15 @@ from torch import Tensor
 
 from mamba2lm.data.tokenizer import Tokenizer
 from mamba2lm.inference.batch import Batch, DrawnTokens, Flight, Slot
-from mamba2lm.inference.decoding import Completion, Row, TokenLogprob
+from mamba2lm.inference.decoding import Completion, Row
 from mamba2lm.inference.prefill import Prefill
 from mamba2lm.inference.request import EngineStats, Event, Job, Request
+from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import MAX_LOGPROBS, SamplingConfig
 from mamba2lm.inference.session import Session
 from mamba2lm.inference.state_cache import StateCache
 from mamba2lm.inference.structured import Constraints
-from mamba2lm.models import LanguageModel, ModelState
+from mamba2lm.models import LanguageModel
 from mamba2lm.schema import ConfigError, closest
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,13 @@ log = logging.getLogger(__name__)
 STATE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 GREEDY = SamplingConfig(temperature=0.0)
 DELIVERY_SECONDS = 0.01
-# Rows from which on a GPU takes its next steps while the host looks at the last ones' tokens.
-_OVERLAPPED = 8
+# Steps between two looks of a host that is in time, which is one that waits so many seconds for the
+# tokens; and the weight of the newest look in whether it is.
+_STRIDE = 8
+_IN_TIME = 2e-4
+_NEWEST = 0.1
+# Rows from which on steps go on though a reply's state is wanted for the cache.
+_CROWD = 8
 
 
 class Engine:
@@ -72,7 +78,7 @@ class Engine:
                 float64 weights), ``float32``, or ``bfloat16``, which halves their traffic and
                 costs accuracy.
             state_cache_bytes: Budget of the state cache; 0 for none.
-            sync_every: Most tokens a row draws before the host looks at them; default 8 on a GPU
+            sync_every: Most tokens a row draws before the host looks at them; default 16 on a GPU
                 and 1 elsewhere. A streamed token waits at most ``DELIVERY_SECONDS`` for others.
             cuda_graphs: Replay steps as CUDA graphs on a GPU.
 
@@ -98,7 +104,7 @@ class Engine:
         self.cache = StateCache(state_cache_bytes)
         self.stats = EngineStats()
         on_gpu = self.device.type == "cuda"
-        self.sync_every = sync_every if sync_every is not None else 8 if on_gpu else 1
+        self.sync_every = sync_every if sync_every is not None else 16 if on_gpu else 1
         self._overlap = on_gpu
         self.constraints = Constraints(tokenizer, model.vocab_size)
         self.batch = Batch(
@@ -109,10 +115,18 @@ class Engine:
             masks=self.constraints.masks,
         )
         self._step_seconds = 0.0
+        self._late = 0.0  # share of the looks at what was drawn, of late, that came after it
         self._heard_at = 0.0
         self._flights: deque[Flight] = deque()
         self._waiting: deque[Job] = deque()
-        self._prefill = Prefill(model, self.cache, self.stats, chunk=prefill_chunk, fail=self._fail)
+        self._prefill = Prefill(
+            model,
+            self.cache,
+            self.stats,
+            chunk=prefill_chunk,
+            graphs=cuda_graphs,
+            fail=self._fail,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -245,6 +259,7 @@ class Engine:
                 stop=request.sampling.stop,
                 stop_token_ids=request.sampling.stop_token_ids,
                 ignore_eos=request.ignore_eos,
+                grows=request.stream,
             )
             for _ in request.seeds
         ]
@@ -269,6 +284,7 @@ class Engine:
         before, budget = copy.deepcopy(self.stats), self.cache.budget
         self.cache.budget = 0
         try:
+            self._prefill.record()
             chunk = self._prefill.chunk
             fits = all(
                 self._try(lengths, GREEDY) for lengths in ([17], [1], [40, 25], [chunk + 16])
@@ -321,10 +337,10 @@ class Engine:
         }
         for index, row in enumerate(job.rows):
             if row.finish_reason is None:
-                text = row.finish("interrupted")
+                row.finish("interrupted")
                 if index in running:
                     self._keep_state(job, index, running[index])
-                self._tell(job, index, text, 0, [])
+                self._tell(job, index)
         self.batch.leave(running.values())
 
     def _admit(self) -> None:
@@ -338,7 +354,7 @@ class Engine:
     def _start(self, jobs: list[Job]) -> None:
         """Draw the first tokens of prompts that have been read, all in one."""
         slots: list[Slot] = []
-        states: list[ModelState] = []
+        states: list[Read] = []
         logits: list[Tensor] = []
         for job in jobs:
             request = job.request
@@ -347,9 +363,10 @@ class Engine:
             if not request.max_new_tokens:
                 job.first_at = time.perf_counter()
                 if request.keep_state:
-                    job.state = job.read
+                    job.state = job.read.alone()
                 for index, row in enumerate(job.rows):
-                    self._tell(job, index, row.finish("length"), 0, [])
+                    row.finish("length")
+                    self._tell(job, index)
                 continue
             before = 0 if request.state is None else request.state.tokens
             seen: set[int] = set()
@@ -419,16 +436,19 @@ class Engine:
         Rows that end by a token then take some more steps for nothing, which costs less than a GPU
         that waits for the host. A state that is wanted must not have read so far.
         """
-        slots = self.batch.slots
-        return (
-            self._overlap
-            and len(slots) >= _OVERLAPPED
-            and not any(slot.owner[0].request.keep_state for slot in slots)
-            and not self.batch.constrained
-        )
+        if not self._overlap or self.batch.constrained:
+            return False
+        jobs = [slot.owner[0] for slot in self.batch.slots]
+        if any(job.request.keep_state for job in jobs):
+            return False
+        cached = self.cache.budget and len(jobs) < _CROWD
+        return not (cached and any(job.request.cache_reply for job in jobs))
 
     def _stride(self) -> int:
-        """Return how many steps to take before looking at what they drew."""
+        """Return how many steps to take before looking at what they drew.
+
+        More for a host that comes to look when a GPU has nothing to do any more.
+        """
         left, streamed = 1, False
         for slot in self.batch.slots:
             job = slot.owner[0]
@@ -437,6 +457,8 @@ class Engine:
             streamed = streamed or job.request.stream
             left = max(left, slot.left)
         count = min(self.sync_every, left)
+        if self._late < 0.5:
+            count = min(count, _STRIDE)
         if self.batch.constrained:
             return 1
         if streamed:
@@ -447,14 +469,18 @@ class Engine:
         """Take in what was drawn, all but the last ``keep`` flights while there are rows."""
         while len(self._flights) > (keep if self.batch.slots else 0):
             flight = self._flights.popleft()
+            began = time.perf_counter()
             try:
+                flight.wait()
+                late = time.perf_counter() - began < _IN_TIME
                 drawn = flight.tokens()
             except Exception as error:
                 self._fail_batch(error, flight)
                 return
-            now = time.perf_counter()
-            self._step_seconds = (now - max(flight.began_at, self._heard_at)) / flight.steps
-            self._heard_at = now
+            if flight.steps > 1:
+                self._late += _NEWEST * (late - self._late)
+            self._heard_at = time.perf_counter()
+            self._step_seconds = flight.step_seconds() or self._step_seconds
             self._push(flight, drawn)
 
     def _push(self, flight: Flight, drawn: list[DrawnTokens]) -> None:
@@ -476,11 +502,12 @@ class Engine:
             try:
                 if slot.constraint is not None:
                     slot.constraint.check()
-                text = row.extend(finite, tokens.logprobs) if finite else ""
+                if finite:
+                    row.extend(finite, tokens.logprobs)
                 if slot.constraint is not None and finite and row.finish_reason is None:
                     (token_id,) = finite
                     if slot.constraint.take(token_id):
-                        text += row.finish("stop")
+                        row.finish("stop")
             except ConfigError as error:
                 failed[job] = error
                 continue
@@ -489,14 +516,14 @@ class Engine:
                 continue
             count = len(row.token_ids) - count
             self.stats.new_tokens += count
-            logprobs = row.logprobs[-count:] if count and job.request.logprobs is not None else []
             if row.finish_reason is not None and slot in places:
                 # A state that has read beyond the end is of no use.
                 taken = count + (row.ended_by is not None)
                 if taken == flight.steps and not self._flights:
                     self._keep_state(job, index, places[slot])
                 leaving.append(places[slot])
-            self._tell(job, index, text, count, logprobs)
+            if job.request.stream or row.finish_reason is not None or not row.told:
+                self._tell(job, index)
         self.batch.leave(leaving)
         self._leave(failed)
         for job, error in failed.items():
@@ -520,14 +547,14 @@ class Engine:
             drawn = row.token_ids if row.ended_by is not None else row.token_ids[:-1]
             self.cache.put([*request.prompt_ids, *drawn], state)
 
-    def _tell(
-        self, job: Job, index: int, text: str, tokens: int, logprobs: list[TokenLogprob]
-    ) -> None:
-        reason = job.rows[index].finish_reason
-        if reason is not None:
-            self.stats.finished[reason] += 1
+    def _tell(self, job: Job, index: int) -> None:
+        """Let whoever listens hear what is new of a continuation since the last time."""
+        row = job.rows[index]
+        if row.finish_reason is not None:
+            self.stats.finished[row.finish_reason] += 1
+        text, tokens, logprobs = row.news()
         if job.listener is not None:
-            job.listener(Event(job, index, text, tokens, logprobs, reason))
+            job.listener(Event(job, index, text, tokens, logprobs, row.finish_reason))
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End a job with an error; its rows are out of the batch already."""

@@ -17,11 +17,16 @@ from torch import Tensor
 
 from mamba2lm.inference.decoding import TokenLogprob
 from mamba2lm.inference.request import EngineStats, Job
+from mamba2lm.inference.rows import Read
+from mamba2lm.inference.sampling import sent
 from mamba2lm.inference.state_cache import StateCache
+from mamba2lm.inference.whole_prompts import WholePrompts
 from mamba2lm.models import LanguageModel, ModelState
 
 # Prompts being read from which on unequal ones are read together, where that pays.
 _CROWD = 4
+# Tokens that a pass may read for nothing whatever it reads: they cost a GPU less than a launch.
+_SMALL = 256
 # Logits of this many prompt positions are held at once where their probabilities are asked for.
 _SCORED_CHUNK = 256
 
@@ -36,6 +41,7 @@ class Prefill:
         stats: EngineStats,
         *,
         chunk: int,
+        graphs: bool,
         fail: Callable[[Job, Exception], None],
     ) -> None:
         """Start with none.
@@ -45,6 +51,7 @@ class Prefill:
             cache: Where prompts may be found, and are put.
             stats: Counts what is read and found.
             chunk: Most tokens read by one ``advance``.
+            graphs: Record whole prompts' passes as CUDA graphs on a GPU.
             fail: Called with a job whose prompt cannot be read; it is out already.
         """
         self.jobs: deque[Job] = deque()
@@ -57,8 +64,10 @@ class Prefill:
         # Reading prompts together fills a GPU. A CPU gains nothing, and keeps its promise that not
         # a bit of a row depends on another.
         self._together = self._device.type == "cuda"
+        self._whole: WholePrompts | None = None
         # What stands before a shorter prompt would stay in an attention cache.
-        self._padless = any(not block.mixer.constant_state for block in model.blocks)
+        if all(block.mixer.constant_state for block in model.blocks):
+            self._whole = WholePrompts(model, most=chunk, record=graphs and self._together)
         self._passes = 0
 
     def add(self, job: Job) -> None:
@@ -66,7 +75,8 @@ class Prefill:
         request, cuts = job.request, {len(job.request.prompt_ids)}
         if request.state is None and not request.prompt_logprobs and self._cache.budget:
             found = self._cache.find(request.prompt_ids)
-            job.read, job.logits_v = found.state, found.logits_v
+            job.read = None if found.state is None else Read(found.state)
+            job.logits_v = found.logits_v
             job.position = job.cached_tokens = found.length
             self._stats.cached_tokens += found.length
             shared = self._cache.shared(request.prompt_ids)
@@ -82,62 +92,72 @@ class Prefill:
         ready = [job for job in self.jobs if job.logits_v is not None]
         self.jobs = deque(job for job in self.jobs if job.logits_v is None)
         while self.jobs:
-            group, length = self._next_group(budget)
-            if length > budget:
+            whole = [job for job in self.jobs if self._takes_whole(job)]
+            others = [job for job in self.jobs if job not in whole]
+            self._passes += 1
+            length: int | None = None
+            if whole and (not others or self._passes % 4):
+                group, tokens = self._whole_prompts(whole, budget)
+            else:
+                group, length = self._next_group(others, budget)
+                tokens = length * len(group)
+            if not group or tokens > budget:
                 break
-            budget -= length * len(group)
+            budget -= tokens
             for job in group:
                 self.jobs.remove(job)
-            for job in self._read_chunk(group, length):
+            for job in self._read(group, length):
                 if job.position == len(job.request.prompt_ids):
                     ready.append(job)
                 else:
                     self.jobs.append(job)
         return ready
 
-    def _next_group(self, budget: int) -> tuple[list[Job], int]:
+    def record(self) -> None:
+        """Record what whole prompts are read with, so that none waits for it."""
+        if self._whole is not None:
+            self._whole.record()
+
+    def _takes_whole(self, job: Job) -> bool:
+        """Return whether a prompt is read from its beginning to its end, maybe with others."""
+        request, length = job.request, len(job.request.prompt_ids)
+        if not self._together or self._whole is None or self._whole.shape(1, length) is None:
+            return False
+        return job.read is None and job.cuts == [length] and not request.prompt_logprobs
+
+    def _whole_prompts(self, jobs: list[Job], budget: int) -> tuple[list[Job], int]:
+        """Return which of such prompts one pass reads, and how many tokens that takes.
+
+        Most of it is theirs, or little is lost.
+        """
+        assert self._whole is not None
+        group: list[Job] = []
+        longest = total = tokens = 0
+        for job in jobs:
+            length = len(job.request.prompt_ids)
+            shape = self._whole.shape(len(group) + 1, max(longest, length))
+            if shape is None or shape[0] * shape[1] > min(budget, 2 * (total + length) + _SMALL):
+                continue
+            group.append(job)
+            longest, total, tokens = max(longest, length), total + length, shape[0] * shape[1]
+        return group, tokens
+
+    def _next_group(self, jobs: list[Job], budget: int) -> tuple[list[Job], int]:
         """Return which jobs read how many tokens next, within the budget if that is possible.
 
-        Jobs take turns. Where reading together pays, whole new prompts are read in one pass, behind
-        a stretch that is no part of them where they are unequal; then jobs with the same number of
-        tokens to read; in a crowd all numbers are powers of two and the smallest go first, so that
-        any number of unequal prompts takes a few passes. Every fourth pass is the next one's in
-        turn.
+        Jobs take turns. Where reading together pays, so do jobs with the same number of tokens to
+        read; in a crowd all numbers are powers of two and the smallest go first, so that any number
+        of unequal prompts takes a few passes. Every fourth pass is the next one's in turn.
         """
-        whole, longest = self._whole_prompts(budget)
-        if len(whole) > 1:
-            return whole, longest
-        crowd = self._together and len(self.jobs) >= _CROWD
-        head = self.jobs[0]
-        self._passes += 1
+        crowd = self._together and len(jobs) >= _CROWD
+        head = jobs[0]
         if crowd and self._passes % 4:
-            head = min(self.jobs, key=lambda job: self._next_length(job, crowd))
+            head = min(jobs, key=lambda job: self._next_length(job, crowd))
         length = self._next_length(head, crowd)
         if not self._together:
             return [head], length
-        group = [job for job in self.jobs if self._next_length(job, crowd) == length]
+        group = [job for job in jobs if self._next_length(job, crowd) == length]
         return group[: max(budget // length, 1)], length
-
-    def _whole_prompts(self, budget: int) -> tuple[list[Job], int]:
-        """Return new prompts that one pass of rows as long as the longest may read to their ends.
-
-        At most half of such a pass is lost. An attention cache would keep what is lost.
-        """
-        group: list[Job] = []
-        longest = total = 0
-        if not self._together or self._padless:
-            return group, longest
-        for job in self.jobs:
-            length = len(job.request.prompt_ids)
-            new = job.position == 0 and job.read is None and job.cuts == [length]
-            if not new or job.request.prompt_logprobs:
-                continue
-            longer = max(longest, length)
-            padded = (len(group) + 1) * longer
-            if padded <= min(budget, 2 * (total + length)):
-                group.append(job)
-                longest, total = longer, total + length
-        return group, longest
 
     def _next_length(self, job: Job, crowd: bool) -> int:
         """Return how many tokens a job reads next; without a crowd its prompt alone decides."""
@@ -149,49 +169,55 @@ class Prefill:
             return min(left & -left, 1 << (most.bit_length() - 1))
         return min(most, left)
 
-    def _read_chunk(self, group: list[Job], length: int) -> list[Job]:
-        """Read the next chunk of each job, together; return those it worked for."""
+    def _read(self, group: list[Job], length: int | None) -> list[Job]:
+        """Read the next tokens of each job, or all where None; return those it worked for."""
         try:
-            self._forward(group, length)
+            if length is None:
+                self._read_whole(group)
+            else:
+                self._read_chunk(group, length)
         except Exception as error:
             if len(group) == 1:
                 self._fail(group[0], error)
                 return []
             # One of them may be at fault; the others must not suffer.
-            return [job for alone in group for job in self._read_chunk([alone], length)]
+            return [job for alone in group for job in self._read([alone], length)]
         for job in group:
-            read = min(length, len(job.request.prompt_ids) - job.position)
+            left = len(job.request.prompt_ids) - job.position
+            read = left if length is None else min(length, left)
             job.position += read
             self._stats.prompt_tokens += read
             if job.request.state is None and job.position in job.cuts and self._cache.budget:
                 assert job.read is not None
                 ids = job.request.prompt_ids[: job.position]
-                whole = job.position == len(job.request.prompt_ids)
-                self._cache.put(ids, job.read, job.logits_v if whole else None)
+                # Copies: as views they would hold on to the others of the group.
+                logits_v = job.logits_v.clone() if job.logits_v is not None else None
+                self._cache.put(ids, job.read.alone(), logits_v)
         return group
 
+    def _read_whole(self, group: list[Job]) -> None:
+        assert self._whole is not None
+        states, logits_bv = self._whole.read([job.request.prompt_ids for job in group])
+        for i, job in enumerate(group):
+            job.read, job.logits_v = Read(states, i), logits_bv[i]
+
     @torch.inference_mode()
-    def _forward(self, group: list[Job], length: int) -> None:
-        chunks = [job.request.prompt_ids[job.position : job.position + length] for job in group]
-        # What is shorter ends with the others, behind a document that is forgotten where it begins.
-        missing = [length - len(chunk) for chunk in chunks]
-        rows = [[0] * n + list(chunk) for n, chunk in zip(missing, chunks, strict=True)]
-        ids_bl = torch.tensor(rows, device=self._device)
-        seq_idx_bl = None
-        if any(missing):
-            begins = torch.tensor(missing, device=self._device)
-            seq_idx_bl = (torch.arange(length, device=self._device) >= begins[:, None]).long()
-        states = [job.read or self._model.new_state(1) for job in group]
+    def _read_chunk(self, group: list[Job], length: int) -> None:
+        rows = [job.request.prompt_ids[job.position : job.position + length] for job in group]
+        states = [
+            self._model.new_state(1) if job.read is None else job.read.alone() for job in group
+        ]
         state = states[0] if len(group) == 1 else ModelState.concat(states)
         scored = any(job.request.prompt_logprobs for job in group)
-        output = self._model(ids_bl, seq_idx=seq_idx_bl, state=state, last_only=not scored)
+        ids_bl = sent(rows, torch.int64, self._device)
+        output = self._model(ids_bl, state=state, last_only=not scored)
         assert output.logits is not None
         assert output.state is not None
         for i, job in enumerate(group):
-            last = job.position + len(chunks[i]) == len(job.request.prompt_ids)
+            last = job.position + length == len(job.request.prompt_ids)
             if job.request.prompt_logprobs:
                 self._score(job, output.logits[i], last)
-            job.read = output.state if len(group) == 1 else output.state.rows([i])
+            job.read = Read(output.state, i)
             # A copy: a view would hold on to the logits of the whole chunk.
             job.logits_v = output.logits[i, -1].clone() if last else None
 

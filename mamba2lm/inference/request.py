@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mamba2lm.inference.decoding import Completion, FinishReason, Row, TokenLogprob
+from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import SamplingConfig
 from mamba2lm.inference.structured import Constraint
 from mamba2lm.models import ModelState
@@ -44,7 +45,7 @@ class Request:
     """Report those of the prompt's tokens too, all but the first's."""
     ignore_eos: bool = False
     stream: bool = False
-    """Deliver tokens soon after they are drawn; else in whole strides."""
+    """Tell of tokens soon after they are drawn; else of the first ones, and of all at the end."""
     state: ModelState | None = None
     """What was read before the prompt; not changed."""
     seen: Collection[int] = ()
@@ -99,7 +100,7 @@ class Job:
         # it; the logits only once its end is reached.
         self.position = 0
         self.cuts: list[int] = []
-        self.read: ModelState | None = request.state
+        self.read = None if request.state is None else Read(request.state)
         self.logits_v: Tensor | None = None
 
     @property

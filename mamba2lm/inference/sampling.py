@@ -264,44 +264,68 @@ class SamplingRows:
         """
         assert self.mask_bw is not None
         device = self.mask_bw.device
-        index = torch.tensor(indices, device=device)
+        index = sent(indices, torch.int64, device)
         self.mask_bw.index_copy_(0, index, mask_bw.to(device))
 
-    def put(self, row: int, config: SamplingConfig, seed: int, seen: Collection[int]) -> None:
-        """Give a row its settings; it has drawn nothing yet.
+    def put(
+        self, first: int, settings: Sequence[tuple[SamplingConfig, int, Collection[int]]]
+    ) -> None:
+        """Give rows their settings; they have drawn nothing yet.
 
         Args:
-            row: Which.
-            config: Checked settings.
-            seed: Any integer; its lowest 64 bits count.
-            seen: Ids that the repetition penalty applies to from the start.
+            first: Row of the first; the others follow it.
+            settings: Of each row: checked settings; a seed, any integer, whose lowest 64 bits
+                count; and ids that the repetition penalty applies to from the start.
         """
-        numbers = [0.0] * 7
-        numbers[_REPETITION] = config.repetition_penalty
-        numbers[_PRESENCE] = config.presence_penalty
-        numbers[_FREQUENCY] = config.frequency_penalty
-        numbers[_TEMPERATURE] = max(config.temperature, _COLDEST) if config.temperature else 0.0
-        numbers[_TOP_P] = config.top_p
-        numbers[_MIN_P] = config.min_p
-        numbers[_TYPICAL] = config.typical_p
-        integers = [0] * 3
-        integers[_SEED] = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-        integers[_TOP_K] = min(config.top_k, 1 << 62)
-        self.numbers_bk[row] = torch.tensor(numbers)
-        self.integers_bk[row] = torch.tensor(integers)
+        device = self.numbers_bk.device
+        rows = slice(first, first + len(settings))
+        numbers = [_numbers(config) for config, _, _ in settings]
+        integers = [_integers(config, seed) for config, seed, _ in settings]
+        self.numbers_bk[rows] = sent(numbers, torch.float32, device)
+        self.integers_bk[rows] = sent(integers, torch.int64, device)
         if self.mask_bw is not None:
-            self.mask_bw[row].fill_(-1)
-        if self.counts_bv is not None and self.seen_bv is not None:
-            self.counts_bv[row].zero_()
-            self.seen_bv[row].zero_()
+            self.mask_bw[rows].fill_(-1)
+        if self.counts_bv is None or self.seen_bv is None:
+            return
+        self.counts_bv[rows].zero_()
+        self.seen_bv[rows].zero_()
+        for row, (config, _, seen) in enumerate(settings, first):
             if seen and config.repetition_penalty != 1:
-                ids = torch.tensor(list(seen), device=self.seen_bv.device)
+                ids = sent(list(seen), torch.int64, device)
                 self.seen_bv[row].index_fill_(0, ids, True)
 
     def move(self, source: int, target: int) -> None:
         """Copy one row over another."""
         for tensor in self.tensors:
             tensor[target].copy_(tensor[source])
+
+
+def sent(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a tensor on a device; a GPU gets them in its turn, nobody waits for it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
+
+
+def _numbers(config: SamplingConfig) -> list[float]:
+    """Return a row of ``SamplingRows.numbers_bk``."""
+    numbers = [0.0] * 7
+    numbers[_REPETITION] = config.repetition_penalty
+    numbers[_PRESENCE] = config.presence_penalty
+    numbers[_FREQUENCY] = config.frequency_penalty
+    numbers[_TEMPERATURE] = max(config.temperature, _COLDEST) if config.temperature else 0.0
+    numbers[_TOP_P] = config.top_p
+    numbers[_MIN_P] = config.min_p
+    numbers[_TYPICAL] = config.typical_p
+    return numbers
+
+
+def _integers(config: SamplingConfig, seed: int) -> list[int]:
+    """Return a row of ``SamplingRows.integers_bk``."""
+    integers = [0] * 3
+    integers[_SEED] = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    integers[_TOP_K] = min(config.top_k, 1 << 62)
+    return integers
 
 
 class Drawn(NamedTuple):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -37,6 +38,10 @@ from mamba2lm.inference.engine import Engine
 from mamba2lm.inference.loading import load_run
 
 log = logging.getLogger("mamba2lm.inference.server")  # also where it runs as __main__
+
+SWITCH_SECONDS = 5e-5
+"""After which a thread that waits for the interpreter gets it. The engine's gives it away in every
+operation of PyTorch, and while answers are written waits so long after each."""
 
 
 class UvicornServer(uvicorn.Server):
@@ -90,9 +95,21 @@ def http_server(config: ServeConfig, engine: Engine, model_name: str) -> Uvicorn
         timeout_graceful_shutdown=int(config.drain_timeout) + LAST_WORDS,
         timeout_keep_alive=30,
         server_header=False,
+        proxy_headers=False,
         lifespan="on",
     )
     return UvicornServer(settings, server)
+
+
+def settle() -> None:
+    """Make the interpreter fit for two threads that must not wait for each other.
+
+    What is there by now stays: a search for garbage among all of it, with PyTorch half a million
+    objects, would hold both threads for a fifth of a second again and again.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
+    gc.collect()
+    gc.freeze()
 
 
 def serve(config: ServeConfig, engine: Engine, model_name: str) -> None:
@@ -111,8 +128,7 @@ def serve(config: ServeConfig, engine: Engine, model_name: str) -> None:
         # Uvicorn raises the signals that ended it once more when it is done.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
-        # The engine's thread must not wait long for the interpreter while answers are written.
-        sys.setswitchinterval(0.0005)
+        settle()
         http.run(sockets=[sock])
 
 

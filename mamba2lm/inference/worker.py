@@ -26,9 +26,10 @@ from mamba2lm.schema import ConfigError
 log = logging.getLogger(__name__)
 
 _EVICTED_REMEMBERED = 10_000
-# Between two deliveries, for each running row: the event loop writes them all in less, and leaves
-# the interpreter to the engine's thread for most of the time.
+# Between two deliveries, for each running row, and in times of what the event loop took to write
+# the last one: it leaves the interpreter to the engine's thread for most of the time.
 _PIECE_SECONDS = 3e-4
+_PAUSES = 2.0
 
 
 class BusyError(Exception):
@@ -118,6 +119,10 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._out: dict[tuple[Ticket, int], Piece] = {}
         self._delivered_at = 0.0
+        self._deliveries = 0
+        # The event loop's own.
+        self._written = 0
+        self._writing_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -223,9 +228,13 @@ class Worker:
                 command()
             if not self.engine.idle:
                 self.engine.advance()
-            pause = len(self.engine.batch) * _PIECE_SECONDS
-            due = self.engine.idle or time.perf_counter() - self._delivered_at >= pause
-            self._flush(only_ends=not due)
+            self._flush(only_ends=not (self.engine.idle or self._due()))
+
+    def _due(self) -> bool:
+        """Return whether it is time for the next delivery, and the last one has been written."""
+        pause = max(len(self.engine.batch) * _PIECE_SECONDS, _PAUSES * self._writing_seconds)
+        waited = time.perf_counter() - self._delivered_at
+        return waited >= pause and self._written == self._deliveries
 
     def _begin(self, ticket: Ticket, request: Request | Turn) -> None:
         with self._wake:
@@ -313,9 +322,18 @@ class Worker:
         else:
             self._delivered_at = time.perf_counter()
         if out and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, out)
+            self._deliveries += not only_ends
+            self._loop.call_soon_threadsafe(self._deliver, out, not only_ends)
 
+    def _deliver(self, out: dict[tuple[Ticket, int], Piece], timed: bool) -> None:
+        """Hand pieces to those who write them; in the event loop."""
+        began = time.perf_counter()
+        for (ticket, _), piece in out.items():
+            ticket.pieces.put_nowait(piece)
+        if timed:
+            # They have been woken, and have their turns before this.
+            asyncio.get_running_loop().call_soon(self._note_written, began)
 
-def _deliver(out: dict[tuple[Ticket, int], Piece]) -> None:
-    for (ticket, _), piece in out.items():
-        ticket.pieces.put_nowait(piece)
+    def _note_written(self, began: float) -> None:
+        self._writing_seconds = time.perf_counter() - began
+        self._written += 1

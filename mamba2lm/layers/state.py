@@ -59,7 +59,9 @@ class State:
 
     def row(self, index: int, tokens: int) -> State:
         """Return a copy of row ``index``, which has read at most ``tokens`` tokens."""
-        return self.rows([index])
+        return self.replace(
+            **{name: tensor[index : index + 1].clone() for name, tensor in self.tensors.items()}
+        )
 
     def put(self, index: int, row: State) -> None:
         """Overwrite row ``index`` with a state of one row, in this state's dtypes."""

@@ -33,7 +33,7 @@ class TrainingConfig:
     where two steps without have shown that there is room."""
     compile: bool = False
     """Blocks through torch.compile; on a GPU not those of Mamba layers, which are one node each."""
-    cuda_graph: bool | None = False
+    cuda_graph: bool | None = None
     """Record forward and backward pass, after three steps, as a CUDA graph that one launch starts:
     for a host that launches kernels later than the GPU needs them. What a pass uses stays taken
     between steps. For one process, or those of parallel.tensor alone; null: for one process on a

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mamba2lm.inference import Engine, Event, Job, Request, SamplingConfig
+from mamba2lm.inference.batch import Flight
 from mamba2lm.inference.request import EngineStats
+from mamba2lm.inference.rows import Rows
 from mamba2lm.inference.sampling import SamplingRows
 from mamba2lm.models import LanguageModel, ModelState
 from mamba2lm.schema import ConfigError
@@ -593,19 +595,24 @@ def random_request(rng: random.Random) -> Request:
 
 def states_alive() -> int:
     gc.collect()
-    return sum(type(thing) is ModelState for thing in gc.get_objects())
+    return sum(type(thing) in (ModelState, Rows) for thing in gc.get_objects())
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "overlapped", "together"),
+    [("MA", False, False), ("MA", True, False), ("MS", True, True)],
+)
 def test_random_requests_are_what_each_is_alone(
-    count: int, overlapped: bool, monkeypatch: pytest.MonkeyPatch
+    count: int, pattern: str, overlapped: bool, together: bool
 ) -> None:
     rng = random.Random(7)
-    built = engine("MA", chunk=16, max_rows=12, sync_every=3)
-    # As on a GPU: steps go on before their tokens are looked at, with two rows or more.
+    dtype, chunk = (torch.float64, 256) if together else (torch.float32, 16)
+    built = engine(pattern, dtype=dtype, chunk=chunk, max_rows=12, sync_every=3)
+    # As on a GPU: steps go on before their tokens are looked at, prompts are read together.
     built._overlap = overlapped
-    monkeypatch.setattr("mamba2lm.inference.engine._OVERLAPPED", 2)
+    built._prefill._together = together
+    alone(built, Request([1, 2], GREEDY, 2))  # what is kept for good
     before = states_alive()
     requests = [random_request(rng) for _ in range(count)]
     jobs: list[Job] = []
@@ -614,7 +621,7 @@ def test_random_requests_are_what_each_is_alone(
         jobs.append(built.submit(request))
         for _ in range(rng.choice([0, 1, 2])):
             built.advance()
-        if rng.random() < 0.15:
+        if rng.random() < 0.3:
             gone = rng.choice(jobs[-10:])
             if not gone.done:
                 built.cancel(gone)
@@ -632,23 +639,82 @@ def test_random_requests_are_what_each_is_alone(
                 assert mine.text == theirs.text
                 assert mine.finish_reason == theirs.finish_reason
     largest = built.batch.nbytes
-    assert largest < 12 * 2 * state_bytes("MA", 128)
+    assert largest < 12 * 2 * state_bytes(pattern, 128) * dtype.itemsize // 4
     del jobs, requests, job, request, single, gone, cancelled
     built.batch.clear()
     assert states_alive() <= before
 
 
-def test_nothing_is_left_on_its_way_when_all_rows_stop_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_nothing_is_left_on_its_way_when_all_rows_stop_at_once() -> None:
     built = engine("MM", sync_every=1)
     prompt = built.prompt_ids(PROMPTS[0])
     drawn = tokens_of(alone(built, Request(prompt, GREEDY, 6)))[0]
     built._overlap = True
-    monkeypatch.setattr("mamba2lm.inference.engine._OVERLAPPED", 2)
     sampling = SamplingConfig(temperature=0.0, stop_token_ids=[drawn[3]])
     job = alone(built, Request(prompt, sampling, 6, [0, 1]))
     assert tokens_of(job) == [drawn[: drawn.index(drawn[3])]] * 2
+
+
+@pytest.mark.parametrize("stops", [[], ["e the"]])
+def test_only_a_stream_is_told_of_every_stride(stops: list[str]) -> None:
+    built = engine("MM", sync_every=2)
+    prompt, heard = built.prompt_ids(PROMPTS[0]), {}
+    for stream in (True, False):
+        events: list[Event] = []
+        sampling = SamplingConfig(temperature=1.0, stop=stops)
+        request = Request(prompt, sampling, 21, [5], logprobs=0, stream=stream)
+        job = built.submit(request, events.append)
+        built.run([job])
+        (row,) = job.rows
+        assert "".join(event.text for event in events) == row.text
+        assert sum(event.tokens for event in events) == len(row.token_ids)
+        told = [logprob for event in events for logprob in event.logprobs]
+        assert [logprob.token_id for logprob in told] == row.token_ids
+        assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
+        heard[stream] = len(events), row.text, row.finish_reason
+    assert heard[True][1:] == heard[False][1:]
+    assert heard[True][0] > 5
+    assert heard[False][0] == 2
+
+
+def test_a_late_host_looks_less_often_and_streams_go_by_the_devices_pace() -> None:
+    built = engine("MM", sync_every=16)
+    ids = random_ids(5)[0]
+    job = built.submit(Request(ids, GREEDY, 100, ignore_eos=True))
+    strides: list[int] = []
+    launch = built.batch.launch
+
+    def launched(count: int = 1) -> Flight:
+        strides.append(count)
+        return launch(count)
+
+    built.batch.launch = launched  # type: ignore[method-assign]
+    built._late = 0.0
+    built.advance()
+    # On a CPU nothing is left to wait for.
+    for _ in range(4):
+        assert 0 < built._late < 0.5
+        built.advance()
+    built._late = 0.6
+    built.advance()
+    assert strides == [8, 8, 8, 8, 8, 16]
+    built.submit(Request(ids, GREEDY, 100, ignore_eos=True, stream=True))
+    built._step_seconds = 0.004
+    built.advance()
+    assert strides[-1] == 2
+    assert 0 < built._step_seconds < 0.5
+    built.cancel(job)
+
+
+def test_a_reply_for_the_cache_is_not_read_beyond_its_end() -> None:
+    built = engine("MM", sync_every=4, state_cache_bytes=1 << 20)
+    built._overlap = True
+    prompt = built.prompt_ids(PROMPTS[0])
+    job = alone(built, Request(prompt, GREEDY, 9, ignore_eos=True, cache_reply=True))
+    following = [*prompt, *tokens_of(job)[0], 7]
+    again = alone(built, Request(following, GREEDY, 5))
+    assert again.cached_tokens == len(prompt) + 8
+    assert tokens_of(again) == tokens_of(alone(engine("MM"), Request(following, GREEDY, 5)))
 
 
 def test_misuse_is_refused() -> None:

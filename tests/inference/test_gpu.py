@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from mamba2lm.inference import Engine, Request, SamplingConfig
+from mamba2lm.inference.rows import Read
 from mamba2lm.inference.sampling import Features, SamplingRows, draw
+from mamba2lm.inference.whole_prompts import WholePrompts
+from mamba2lm.models import LanguageModel, ModelConfig
+from mamba2lm.schema import from_mapping
 from tests.inference import helpers
 from tests.inference.test_engine import GREEDY, alone, random_ids, tokens_of
 from tests.inference.test_sampling import SETTINGS
@@ -31,7 +35,7 @@ def test_draws_are_the_cpus() -> None:
         rows = SamplingRows.new(len(SETTINGS), device)
         rows.track(3000)
         for i, config in enumerate(SETTINGS):
-            rows.put(i, config, i, [1, 2, 3])
+            rows.put(i, [(config, i, [1, 2, 3])])
         features = Features.of(SETTINGS, [None], 3000)
         return [draw(l_bv.to(device), rows, features).token_b.tolist() for l_bv in logits]
 
@@ -87,6 +91,101 @@ def test_recorded_steps_draw_what_plain_ones_do(pattern: str) -> None:
     ]
     # Products of other numbers of rows round differently, and a text that parts stays apart.
     assert sum(same) / len(same) > 0.9
+
+
+WIDE = {
+    "pattern": "MMS", "d_model": 128, "vocab_size": 500,
+    "mixers": {
+        "M": {"type": "mamba2", "d_state": 64, "headdim": 64},
+        "S": {"type": "mamba1", "d_state": 16},
+    },
+}  # fmt: skip
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative error in norm."""
+    difference = found.double() - expected.double()
+    return float(difference.norm() / expected.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tolerance"),
+    [
+        ("MSF", torch.float64, 1e-9),
+        ("MM", torch.float32, 1e-3),
+        ("wide", torch.float32, 1e-4),
+        ("wide", torch.bfloat16, 3e-2),
+    ],
+)
+def test_whole_prompts_are_recorded_and_read_as_if_alone(
+    shape: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if shape == "wide":  # enough for the kernels
+        model = LanguageModel(from_mapping(ModelConfig, WIDE, "model"))
+        model.init_weights(0)
+        model = model.cast(dtype).eval().to("cuda")
+    else:
+        model = helpers.model(shape, dtype=dtype).to("cuda")
+    whole = WholePrompts(model, most=512, record=True)
+    whole.record()
+    graphs = whole._graphs
+    assert graphs is not None
+    recorded = dict(graphs._by_shape)
+    assert set(recorded) == set(whole.shapes)
+    assert all(step.__name__ == "replay" for step in recorded.values())
+    for lengths in ([5, 64, 33], [100, 70, 128, 99], [300], [1, 2]):
+        prompts = random_ids(*lengths)
+        states, logits_bv = whole.read(prompts)
+        for i, ids in enumerate(prompts):
+            with torch.inference_mode():
+                ids_bl = torch.tensor([ids], device="cuda")
+                alone = model(ids_bl, state=model.new_state(1))
+            assert error(logits_bv[i], alone.logits[0, -1]) < tolerance
+            read = Read(states, i).alone()
+            for mine, theirs in zip(read.layers, alone.state.layers, strict=True):
+                for name in mine:
+                    assert error(mine[name], theirs[name]) < tolerance
+    assert graphs._by_shape == recorded
+
+
+def test_a_shape_met_twice_is_recorded() -> None:
+    built = engine("MM", max_rows=16)
+    whole = built._prefill._whole
+    assert whole is not None
+    assert whole._graphs is not None
+    requests = [Request(ids, GREEDY, 5, ignore_eos=True) for ids in random_ids(50, 50, 50)]
+    found = [tokens_of(alone(built, request)) for request in (*requests, *requests)]
+    assert set(whole._graphs._by_shape) == {(1, 64)}
+    assert found[:3] == found[3:]
+
+
+def test_nothing_waits_for_the_gpu_but_the_fetch_of_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = engine("MM", max_rows=16)
+    requests = [
+        Request(ids, GREEDY, 10 + 7 * i, ignore_eos=True)
+        for i, ids in enumerate(random_ids(*range(20, 60, 2)))
+    ]
+
+    def run() -> None:
+        jobs = [built.submit(request) for request in requests]
+        built.run(jobs)
+
+    run()  # everything compiled and recorded
+    run()
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: wait(event))
+
+    def wait(event: torch.cuda.Event) -> None:
+        while not event.query():
+            pass
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("pattern", ["MM", "MA"])

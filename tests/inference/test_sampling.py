@@ -78,7 +78,7 @@ def rows_of(
     rows = SamplingRows.new(len(configs))
     rows.track(vocab_size)
     for i, config in enumerate(configs):
-        rows.put(i, config, seeds[i] if seeds else i, seen[i] if seen else [])
+        rows.put(i, [(config, seeds[i] if seeds else i, seen[i] if seen else [])])
     return rows
 
 
@@ -299,7 +299,7 @@ def test_draws_of_the_kernel_match_the_reference() -> None:
     configs += [SamplingConfig(temperature=1e-30), SamplingConfig(temperature=1.0, top_p=1e-5)]
     rows = SamplingRows.new(len(configs), DEVICE)
     for i, config in enumerate(configs):
-        rows.put(i, config, -7919 * i, ())
+        rows.put(i, [(config, -7919 * i, ())])
     features = Features.of(configs, [None], 600)
     torch.manual_seed(0)
     for _ in range(1 if kernels.INTERPRETED else 200):
