@@ -689,20 +689,20 @@ def test_a_late_host_looks_less_often_and_streams_go_by_the_devices_pace() -> No
         return launch(count)
 
     built.batch.launch = launched  # type: ignore[method-assign]
-    built._late = 0.0
+    built._pace.late = 0.0
     built.advance()
     # On a CPU nothing is left to wait for.
     for _ in range(4):
-        assert 0 < built._late < 0.5
+        assert 0 < built._pace.late < 0.5
         built.advance()
-    built._late = 0.6
+    built._pace.late = 0.6
     built.advance()
     assert strides == [8, 8, 8, 8, 8, 16]
     built.submit(Request(ids, GREEDY, 100, ignore_eos=True, stream=True))
-    built._step_seconds = 0.004
+    built._pace.step_seconds = 0.004
     built.advance()
     assert strides[-1] == 2
-    assert 0 < built._step_seconds < 0.5
+    assert 0 < built._pace.step_seconds < 0.5
     built.cancel(job)
 
 
