@@ -209,8 +209,7 @@ class Batch:
         if any(slot.constraint for slot in slots) and self._rows.mask_bw is None:
             self._rows.track_masks(self._model.vocab_size)
             self._forget_graphs()
-        for i, state in enumerate(states, start=old):
-            self._states.put(i, state)
+        self._states.put(old, states)
         self._rows.put(old, [(slot.sampling, slot.seed, slot.seen) for slot in slots])
         self._allow(slots, old)
         features = self._features(slots)
