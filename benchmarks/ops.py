@@ -349,6 +349,11 @@ def tried_blocks(kernel_name: str, *, wide: bool) -> list[tuple[int, Blocks]]:
         kernel_name: A field of ``Config``.
         wide: Whether the state has more than 128 columns.
     """
+    if kernel_name == "fused" and wide:  # a program's state is all its registers
+        return [
+            (64, Blocks(w, s, p, direct=True))
+            for w, s, p in ((8, 1, 64), (8, 2, 64), (8, 2, 32), (4, 1, 32))
+        ]
     if kernel_name == "fused":
         return [
             (64, Blocks(4, s, p, direct=direct))
@@ -473,7 +478,7 @@ def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[s
 
 
 CLASSES: tuple[tuple[str, str, dict[str, tuple[int, int]]], ...] = (
-    ("S* N256", "states scan states_backward through within", {"state": (8193, 16384)}),
+    ("S* N256", "fused states scan states_backward through within", {"state": (8193, 16384)}),
     ("S*", "fused states scan states_backward through within", {"rows": (264, 10**9)}),
     (
         "B1 L65536 H64",

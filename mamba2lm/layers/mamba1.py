@@ -23,7 +23,6 @@ from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.initialization import sample_dt_bias
 from mamba2lm.layers.mamba1_fused import fused_mamba1, unsupported
 from mamba2lm.layers.mixer import (
-    Carried,
     Mixer,
     MixerConfig,
     output_and_state,
@@ -247,31 +246,24 @@ class Mamba1(Mixer):
         return self.out_proj(y_bli)
 
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._step(x_bd, state, None, None, Carried()), state
+        return self._step(x_bd, state), state
 
-    def step_block(
-        self, x_bd: Tensor, norm: RMSNorm, state: State, carried: Carried | None = None
-    ) -> tuple[Tensor, State]:
-        return self._step(x_bd, state, norm, x_bd, carried or Carried()), state
-
-    def takes_carried(self, x_bd: Tensor) -> bool:
-        return ops.carries_norm(x_bd, self.in_proj.weight)
+    def step_block(self, x_bd: Tensor, norm: RMSNorm, state: State) -> tuple[Tensor, State]:
+        return self._step(x_bd, state, norm, residual_bd=x_bd), state
 
     def _step(
         self,
         x_bd: Tensor,
         state: State,
-        norm: RMSNorm | None,
-        residual_bd: Tensor | None,
-        carried: Carried,
+        norm: RMSNorm | None = None,
+        residual_bd: Tensor | None = None,
     ) -> Tensor:
         """Run one token: five kernels on a GPU for few rows."""
-        inputs_bd, begun = carried.begin(x_bd, norm)
         xz_bi = ops.linear_step(
-            inputs_bd,
+            x_bd,
             self.in_proj.weight,
             self.in_proj.bias,
-            **begun,
+            norm=None if norm is None else ops.Norm(norm.weight, norm.eps),
             convolution=ops.Convolution(
                 state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias
             ),
@@ -295,7 +287,9 @@ class Mamba1(Mixer):
             in_place=True,
             early=True,  # a projection comes before
         )
-        return carried.end(y_bi, self.out_proj.weight, self.out_proj.bias, residual_bd)
+        return ops.linear_step(
+            y_bi, self.out_proj.weight, self.out_proj.bias, residual=residual_bd, in_place=True
+        )
 
     def _select(
         self,

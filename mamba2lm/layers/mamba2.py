@@ -22,7 +22,6 @@ from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.initialization import sample_dt_bias
 from mamba2lm.layers.mamba2_fused import Divided, Sizes, fused_mamba2, unsupported
 from mamba2lm.layers.mixer import (
-    Carried,
     Mixer,
     MixerConfig,
     output_and_state,
@@ -300,32 +299,25 @@ class Mamba2(Mixer):
         return self.out_proj(self.norm(y_blhp.reshape(batch, length, self.d_inner), z_bli))
 
     def step(self, x_bd: Tensor, state: State) -> tuple[Tensor, State]:
-        return self._step(x_bd, state, None, None, Carried()), state
+        return self._step(x_bd, state), state
 
-    def step_block(
-        self, x_bd: Tensor, norm: RMSNorm, state: State, carried: Carried | None = None
-    ) -> tuple[Tensor, State]:
-        return self._step(x_bd, state, norm, x_bd, carried or Carried()), state
-
-    def takes_carried(self, x_bd: Tensor) -> bool:
-        return ops.carries_norm(x_bd, self.in_proj.weight)
+    def step_block(self, x_bd: Tensor, norm: RMSNorm, state: State) -> tuple[Tensor, State]:
+        return self._step(x_bd, state, norm, residual_bd=x_bd), state
 
     def _step(
         self,
         x_bd: Tensor,
         state: State,
-        norm: RMSNorm | None,
-        residual_bd: Tensor | None,
-        carried: Carried,
+        norm: RMSNorm | None = None,
+        residual_bd: Tensor | None = None,
     ) -> Tensor:
         """Run one token: three kernels on a GPU for few rows."""
         config = self.config
-        inputs_bd, begun = carried.begin(x_bd, norm)
         zxBCdt = ops.linear_step(
-            inputs_bd,
+            x_bd,
             self.in_proj.weight,
             self.in_proj.bias,
-            **begun,
+            norm=None if norm is None else ops.Norm(norm.weight, norm.eps),
             convolution=ops.Convolution(
                 state["conv"], self.conv1d.weight.squeeze(1), self.conv1d.bias, start=self.d_inner
             ),
@@ -349,32 +341,29 @@ class Mamba2(Mixer):
             "A_is_log": True,
             "early": True,  # a projection comes before
         }
+        before: dict[str, Any] = {}
         if not self.norm.shared and ops.takes_scale(x_bi, self.out_proj.weight):
             z_bhp = z_bi.unflatten(1, (self.n_heads, config.headdim))
             y_bhp, squares_bs = ops.ssd_state_update_normed(
                 *inputs, z=z_bhp, norm=self.norm.weight, **options
             )
-            return carried.end(
-                y_bhp.flatten(1),
-                self.out_proj.weight,
-                self.out_proj.bias,
-                residual_bd,
-                scale=ops.Scale(squares_bs, self.norm.eps, self.norm.group_size),
-            )
-        y_bhp, _ = ops.ssd_state_update(*inputs, in_place=True, **options)
-        y_bi = y_bhp.flatten(1)
-        gate_norm = None
-        if self.norm.shared:
-            y_bi = self.norm(y_bi, z_bi)
+            y_bi = y_bhp.flatten(1)
+            before["scale"] = ops.Scale(squares_bs, self.norm.eps, self.norm.group_size)
         else:
-            gate_norm = ops.Norm(self.norm.weight, self.norm.eps, self.norm.group_size)
-        return carried.end(
+            y_bhp, _ = ops.ssd_state_update(*inputs, in_place=True, **options)
+            y_bi = y_bhp.flatten(1)
+            if self.norm.shared:
+                y_bi = self.norm(y_bi, z_bi)
+            else:
+                before["norm"] = ops.Norm(self.norm.weight, self.norm.eps, self.norm.group_size)
+                before["gate"] = z_bi
+        return ops.linear_step(
             y_bi,
             self.out_proj.weight,
             self.out_proj.bias,
-            residual_bd,
-            norm=gate_norm,
-            gate=None if gate_norm is None else z_bi,
+            residual=residual_bd,
+            in_place=True,
+            **before,
         )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mamba2lm import ops
 from mamba2lm.distributed import Plan, TensorGroup
 from mamba2lm.distributed.context import Passage
 from mamba2lm.layers.norm import RMSNorm
@@ -39,54 +38,6 @@ class MixerConfig:
         Raises:
             ConfigError: Naming the field, its value and the remedy.
         """
-
-
-@dataclass
-class Carried:
-    """What sub-layers tell each other of one token beside the residual stream."""
-
-    normed: ops.Normed | None = None
-    """The stream with the norm of what comes now begun, if it has been."""
-    next_norm: Tensor | None = None
-    """Weight of the norm that follows, where it may be begun; None where it may not."""
-
-    def begin(self, x_bd: Tensor, norm: RMSNorm | None) -> tuple[Tensor, dict[str, Any]]:
-        """Return the inputs of a first product, and ``linear_step``'s argument for their norm.
-
-        Args:
-            x_bd: The residual stream.
-            norm: Before the product; None where that has been done.
-        """
-        if norm is None:
-            return x_bd, {}
-        if self.normed is None:
-            return x_bd, {"norm": ops.Norm(norm.weight, norm.eps)}
-        normed, self.normed = self.normed, None
-        return normed.x, {"scale": ops.Scale(normed.squares, norm.eps)}
-
-    def end(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual_bd: Tensor | None,
-        **before: Any,
-    ) -> Tensor:
-        """Run a last product, add it to the stream, and begin the next norm where that may be.
-
-        Args:
-            x: Inputs, (b, k).
-            weight: (d, k).
-            bias: (d,), or None.
-            residual_bd: The stream, which may be overwritten; None for the product alone.
-            before: What ``linear_step`` does before it.
-        """
-        if residual_bd is None or self.next_norm is None or not ops.carries_norm(x, weight):
-            return ops.linear_step(x, weight, bias, residual=residual_bd, in_place=True, **before)
-        y_bd, self.normed = ops.linear_step_normed(
-            x, weight, bias, residual=residual_bd, next_norm=self.next_norm, **before
-        )
-        return y_bd
 
 
 class Mixer(nn.Module, ABC):
@@ -173,9 +124,7 @@ class Mixer(nn.Module, ABC):
             Output (batch, d_model) and the state after it.
         """
 
-    def step_block(
-        self, x_bd: Tensor, norm: RMSNorm, state: State, carried: Carried | None = None
-    ) -> tuple[Tensor, State]:
+    def step_block(self, x_bd: Tensor, norm: RMSNorm, state: State) -> tuple[Tensor, State]:
         """Run one token through the whole residual sub-layer, ``x + step(norm(x))``.
 
         A mixer may do so in fewer passes than one for each part, and may overwrite ``x_bd``.
@@ -184,15 +133,9 @@ class Mixer(nn.Module, ABC):
             x_bd: The residual stream, (batch, d_model).
             norm: The sub-layer's.
             state: As for ``step``.
-            carried: What the sub-layer before has left, where ``takes_carried`` said that it is of
-                use here, and what to leave to the next one.
         """
         y_bd, state = self.step(norm(x_bd), state)
         return x_bd + y_bd, state
-
-    def takes_carried(self, x_bd: Tensor) -> bool:
-        """Return whether ``step_block`` takes a stream whose norm has been begun."""
-        return False
 
     @abstractmethod
     def new_state(

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2lm.distributed import ContextGroup, DistributedWeights, TensorGroup
 from mamba2lm.distributed.context import Passage
-from mamba2lm.layers import Carried, Mixer, RMSNorm, State, mixer_class
+from mamba2lm.layers import Mixer, RMSNorm, State, mixer_class
 from mamba2lm.models.config import ModelConfig
 from mamba2lm.models.state import ModelState
-from mamba2lm.ops import carries_norm, linear_cross_entropy, linear_step
+from mamba2lm.ops import Norm, linear_cross_entropy, linear_step
 
 
 class LanguageModelOutput(NamedTuple):
@@ -83,15 +83,11 @@ class Block(nn.Module):
         return x_bld, y_bld, state
 
     def step(
-        self,
-        x_bd: Tensor,
-        state: State,
-        tensor: TensorGroup | None = None,
-        carried: Carried | None = None,
+        self, x_bd: Tensor, state: State, tensor: TensorGroup | None = None
     ) -> tuple[Tensor, State]:
         """Do the same for one token; may overwrite ``x_bd``."""
         if tensor is None:
-            return self.mixer.step_block(x_bd, self.norm, state, carried)
+            return self.mixer.step_block(x_bd, self.norm, state)
         assert self.weights is not None
         stored = self.weights.begin(tensor)
         try:
@@ -241,28 +237,17 @@ class LanguageModel(nn.Module):
         tensor = None if self.tensor is None else self.tensor.whole()
         with self._computing(tensor):
             x_bd = self._embed(ids_b, tensor)
-            carried = Carried()
             for i, block in enumerate(self.blocks):
-                if tensor is None:
-                    carried.next_norm = self._next_norm(i + 1, x_bd)
-                x_bd, state.layers[i] = block.step(x_bd, state.layers[i], tensor, carried)
+                x_bd, state.layers[i] = block.step(x_bd, state.layers[i], tensor)
             if tensor is not None:
                 return self._logits(self._last_hidden(x_bd, None, tensor), tensor), state
-            x_bd, rest = carried.begin(x_bd, self.norm_f)
             logits_bv = linear_step(
                 x_bd,
                 self._head_weight,
-                **rest,
+                norm=Norm(self.norm_f.weight, self.norm_f.eps),
                 out_dtype=torch.promote_types(self._head_weight.dtype, torch.float32),
             )
             return logits_bv[:, : self.vocab_size], state
-
-    def _next_norm(self, index: int, x_bd: Tensor) -> Tensor | None:
-        """Return the weight of the norm before a block, or the head, that takes it begun."""
-        if index == len(self.blocks):
-            return self.norm_f.weight if carries_norm(x_bd, self._head_weight) else None
-        block = self.blocks[index]
-        return block.norm.weight if block.mixer.takes_carried(x_bd) else None
 
     def new_state(
         self,

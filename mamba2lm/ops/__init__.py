@@ -8,13 +8,7 @@ from mamba2lm.ops.causal_conv1d.op import causal_conv1d, causal_conv1d_update
 from mamba2lm.ops.gated_rms_norm.divided import gated_rms_norm_divided
 from mamba2lm.ops.gated_rms_norm.op import gated_rms_norm, rms_norm, rms_norm_residual
 from mamba2lm.ops.linear_cross_entropy.op import linear_cross_entropy
-from mamba2lm.ops.linear_step.launch import Normed
-from mamba2lm.ops.linear_step.op import (
-    carries_norm,
-    linear_step,
-    linear_step_normed,
-    takes_scale,
-)
+from mamba2lm.ops.linear_step.op import linear_step, takes_scale
 from mamba2lm.ops.linear_step.reference import Convolution, Norm, Scale
 from mamba2lm.ops.rotary.op import rotary_heads
 from mamba2lm.ops.selective_scan.op import selective_scan
@@ -31,17 +25,14 @@ from mamba2lm.ops.swiglu.op import swiglu
 __all__ = [
     "Convolution",
     "Norm",
-    "Normed",
     "Scale",
     "add_carried_outputs",
-    "carries_norm",
     "causal_conv1d",
     "causal_conv1d_update",
     "gated_rms_norm",
     "gated_rms_norm_divided",
     "linear_cross_entropy",
     "linear_step",
-    "linear_step_normed",
     "projects_dt",
     "rms_norm",
     "rms_norm_residual",

@@ -121,6 +121,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._failed: list[torch.cuda.CUDAGraph] = []
         self._pool: Any = None
 
     def rehearsal(self) -> AbstractContextManager[Any]:
@@ -140,6 +141,14 @@ class CudaRecorder:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 outputs = work()
+        except RuntimeError:
+            torch.cuda.set_stream(before)
+            # The generator would go on believing that it is being recorded.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            graph.reset()
+            self._failed.append(graph)  # the allocator may go on asking it
+            raise
         finally:
             torch.cuda.set_stream(before)  # a recording that failed leaves its own
             if collects:
@@ -152,6 +161,7 @@ class CudaRecorder:
             graph.reset()
         self._graphs.clear()
         self._pool = None  # its memory may still hold gradients: the next recordings have another
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -161,8 +171,8 @@ class _Recorded:
     most_documents: int | None
     """It holds no more than that many documents; None: any number."""
 
-    def holds(self, documents: int) -> bool:
-        return self.most_documents is None or documents <= self.most_documents
+    def holds(self, inputs: Mapping[str, Tensor]) -> bool:
+        return self.most_documents is None or _documents(inputs) <= self.most_documents
 
 
 def _documents(inputs: Mapping[str, Tensor]) -> int:
@@ -207,8 +217,8 @@ class StepGraphs:
         Args:
             work: The micro-step, the same at every call: adds to the gradients of the parameters,
                 and returns tensors without a history of gradients.
-            inputs: Its inputs, on the device or the CPU; a CPU's ``seq_idx`` numbers documents.
-                Those of other names or shapes than the recorded ones are not replayed.
+            inputs: Its inputs, on the device or the CPU; ``seq_idx``, document ids, on the CPU.
+                Inputs of other names or shapes than the recorded ones are not replayed.
             first: Whether it is a step's first; then no parameter has a gradient.
 
         Raises:
@@ -219,24 +229,30 @@ class StepGraphs:
         if self._steps > WARM_UP and not self._off and self._fits(inputs):
             for name, tensor in inputs.items():
                 self._inputs[name].copy_(tensor, non_blocking=True)
-            recorded = self._take(work, _documents(inputs), first)
+            if first:
+                renew(self._parameters)
+            recorded = self._take(work, inputs, first)
         if recorded is None:
             moved = {k: v.to(self._device, non_blocking=True) for k, v in inputs.items()}
             if first and self._steps == WARM_UP:
-                return self._rehearse(work, moved, _documents(inputs))
+                return self._rehearse(work, moved, inputs)
             return work(moved)
-        if first:
-            renew(self._parameters)
         self._attach(add=not first)
         recorded.replay()
         return {name: tensor.clone() for name, tensor in recorded.outputs.items()}
 
     def close(self) -> None:
         """Give the graphs' memory back: a process group cannot be left while graphs use it."""
+        self.forget()
+        self._inputs.clear()
+
+    def forget(self) -> bool:
+        """Give the memory back until the next step records anew; return whether there was any."""
+        recorded = bool(self._recorded)
         self._recorded.clear()
         self._gradients.clear()
-        self._inputs.clear()
         self._recorder.forget()
+        return recorded
 
     def _fits(self, inputs: Mapping[str, Tensor]) -> bool:
         """Return whether inputs are like those recorded; make room for them if none are."""
@@ -251,32 +267,32 @@ class StepGraphs:
         )
 
     def _take(
-        self, work: Callable[[Tensors], Tensors], documents: int, first: bool
+        self, work: Callable[[Tensors], Tensors], inputs: Mapping[str, Tensor], first: bool
     ) -> _Recorded | None:
         """Return what is recorded of a micro-step, recording it where it is not; None: nothing."""
         found = self._recorded.get(first)
-        if found is not None and not found.holds(documents):
-            self._forget()
+        if found is not None and not found.holds(inputs):
+            self.forget()
             found = None
         if found is None and (first or True in self._recorded):
             try:
-                found = self._record(work, documents, first)
+                found = self._record(work, inputs, first)
             except RuntimeError as error:  # no memory, for one
                 self._give_up(error)
         return found
 
     def _rehearse(
-        self, work: Callable[[Tensors], Tensors], inputs: Tensors, documents: int
+        self, work: Callable[[Tensors], Tensors], moved: Tensors, inputs: Mapping[str, Tensor]
     ) -> Tensors:
         """Run a step's first micro-step as it would be recorded, or find out that it cannot be."""
         try:
-            with fixed(self._room(documents)), self._recorder.rehearsal():
-                return work(inputs)
+            with fixed(self._room(inputs)), self._recorder.rehearsal():
+                return work(moved)
         except WaitsError as error:
             self._give_up(error)
         for parameter in self._parameters:
             parameter.grad = None
-        return work(inputs)
+        return work(moved)
 
     def _give_up(self, error: RuntimeError) -> None:
         what = str(error).partition("\n")[0]
@@ -286,24 +302,24 @@ class StepGraphs:
             ) from error
         log.warning("a step cannot be recorded and runs launch by launch: %s", what)
         self._off = True
-        self._forget()
+        self.forget()
 
-    def _record(self, work: Callable[[Tensors], Tensors], documents: int, first: bool) -> _Recorded:
+    def _record(
+        self, work: Callable[[Tensors], Tensors], inputs: Mapping[str, Tensor], first: bool
+    ) -> _Recorded:
         before = [parameter.grad for parameter in self._parameters]
-        renew(self._parameters)  # or the recording would hold that
         if first:
             assert all(gradient is None for gradient in before), "gradients are to be written"
         else:
             self._attach(add=True)
         try:
-            with fixed(self._room(documents)) as held:
+            with fixed(self._room(inputs)) as held:
                 replay, outputs = self._recorder.record(lambda: work(self._inputs))
         except RuntimeError:
             for parameter, gradient in zip(self._parameters, before, strict=True):
                 parameter.grad = gradient
             raise
         if first:
-            self._recorded.pop(False, None)  # it adds to other gradients
             self._gradients = [(p, p.grad) for p in self._parameters if p.grad is not None]
         else:
             assert all(p.grad is gradient for p, gradient in self._gradients), "added elsewhere"
@@ -312,8 +328,9 @@ class StepGraphs:
         log.info("recorded a step's %s pass as a CUDA graph", "first" if first else "next")
         return recorded
 
-    def _room(self, documents: int) -> int:
-        """Return for how many documents to record, where there are so many now."""
+    def _room(self, inputs: Mapping[str, Tensor]) -> int:
+        """Return for how many documents to record: two to four times those of these inputs."""
+        documents = _documents(inputs)
         self._most_documents = max(self._most_documents, 1 << (2 * documents).bit_length())
         return self._most_documents
 
@@ -326,11 +343,6 @@ class StepGraphs:
                 else:
                     gradient.copy_(parameter.grad)
             parameter.grad = gradient
-
-    def _forget(self) -> None:
-        self._recorded.clear()
-        self._gradients.clear()
-        self._recorder.forget()
 
 
 def step_graphs(
@@ -352,7 +364,11 @@ def step_graphs(
     reason = _reason_against(config, mesh, device)
     if config.cuda_graph and reason is not None:
         raise ConfigError("training.cuda_graph", True, reason)
-    if reason is not None or (config.cuda_graph is None and mesh.degrees.processes > 1):
+    if config.cuda_graph is None and mesh.degrees.processes > 1:
+        return None
+    if reason is not None:
+        if device.type == "cuda":
+            log.info("passes run launch by launch: training.cuda_graph %s", reason.split(";")[0])
         return None
     return StepGraphs(parameters, device, CudaRecorder(device), strict=bool(config.cuda_graph))
 
@@ -365,7 +381,7 @@ def _reason_against(config: TrainingConfig, mesh: Mesh, device: torch.device) ->
             "is for one process, or for those of parallel.tensor alone: what FSDP and plain data "
             "parallelism exchange is not recorded; use false."
         )
-    if mesh.tensor is not None and dist.get_backend(mesh.tensor.group) != "nccl":
+    if mesh.tensor is not None and "nccl" not in dist.get_backend(mesh.tensor.group):
         return "records sums over processes that NCCL makes; use that backend, or false."
     if config.compile:
         return "does not record compiled blocks; use training.compile=false, or false."

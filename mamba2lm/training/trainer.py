@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -52,6 +52,8 @@ from mamba2lm.training.schedule import ScheduleConfig, learning_rate_ratio
 from mamba2lm.training.validation import Validation
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -311,8 +313,8 @@ class Trainer:
     def _validate(self, metrics: Metrics | None) -> bool:
         """Record the held-out loss; return whether it is the best so far and to be kept."""
         progress = self.progress
-        figures = self.validation.held_out(self.alive)
-        more = self.validation.more()
+        figures = self._beside_graphs(lambda: self.validation.held_out(self.alive))
+        more = self._beside_graphs(self.validation.more)
         if metrics is not None:
             metrics.write({"step": progress.step, "tokens": progress.tokens, **figures, **more})
         best = progress.best_val_loss
@@ -323,10 +325,20 @@ class Trainer:
 
     def _sample(self) -> None:
         """Add a sample of text to the run's."""
-        text = self.validation.sample()
+        text = self._beside_graphs(self.validation.sample)
         if text is not None and self.world.is_main:
             with self.run.samples.open("a", encoding="utf-8") as file:
                 file.write(f"=== step {self.progress.step}\n{text}\n\n")
+
+    def _beside_graphs(self, work: Callable[[], T]) -> T:
+        """Run what is no training pass; where memory is short, with that of recorded passes."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if self.world.size > 1 or self.graphs is None or not self.graphs.forget():
+                raise
+        log.warning("no memory was left beside recorded passes, which the next step records anew")
+        return work()
 
     def _save(self, *, best: bool, last: bool) -> None:
         """Begin a checkpoint; wait for the last one of a run."""

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,33 @@ def test_a_replayed_step_that_is_not_finite_is_skipped(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stand_ins(patch)
         assert_same_checkpoint(spoiled("replayed"), whole)
+
+
+def test_validation_takes_the_memory_of_recorded_passes_where_it_needs_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = corpus(tmp_path)
+    settings: dict[str, Any] = {"eval_every": 3, "eval_batches": 2}
+    whole = train(tmp_path, "launched", "M", data, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        made = stand_ins(patch)
+        trainer = make_trainer(
+            tmp_path / "short", data, tiny_model("M"), max_steps=STEPS, **settings
+        )
+        assert trainer.graphs is not None
+        held_out = trainer.validation.held_out
+
+        def short_of_memory(alive: Callable[[], None]) -> dict[str, float]:
+            if trainer.graphs is not None and trainer.graphs._recorded:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return held_out(alive)
+
+        trainer.validation.held_out = short_of_memory  # type: ignore[method-assign]
+        assert trainer.fit()
+    # At steps 6 and 8; recorded at 4 and 7.
+    assert (made[0].recorded, made[0].replayed) == (2, STEPS - WARM_UP)
+    assert caplog.text.count("no memory was left beside recorded passes") == 2
+    assert_same_run(tmp_path, step_folder(tmp_path / "short", STEPS), whole)
 
 
 class Sums:
@@ -339,17 +368,24 @@ def test_two_gpus_of_a_tensor_group_replay_what_they_launched(tmp_path: Path) ->
     }  # fmt: skip
 
 
-def on_gpu(
-    folder: Path, name: str, pattern: str, data: Corpus, *, seed: int = 0, **settings: Any
-) -> Path:
-    """Train, on a GPU, a model of sizes that all kernels take."""
+def wide_model(pattern: str, *, seed: int = 0) -> LanguageModel:
+    """Return a model of sizes that all kernels take."""
     config = tiny_config(pattern, d_model=128)
     config.mixers["M"] |= {"headdim": 32, "d_state": 32}
     config.mixers["S"] |= {"d_state": 16}
     model = LanguageModel(config)
     model.init_weights(seed)
-    values = {"max_steps": STEPS, "keep_outputs": False, "cpu": False, **settings}
-    trainer = make_trainer(folder / name, data, model, **values)
+    return model
+
+
+def on_gpu(
+    folder: Path, name: str, pattern: str, data: Corpus, *, seed: int = 0, **settings: Any
+) -> Path:
+    """Train on a GPU."""
+    values = {
+        "max_steps": STEPS, "keep_outputs": False, "cpu": False, "cuda_graph": False, **settings
+    }  # fmt: skip
+    trainer = make_trainer(folder / name, data, wide_model(pattern, seed=seed), **values)
     trainer.fit()
     return step_folder(folder / name, trainer.progress.step)
 
@@ -440,6 +476,64 @@ def test_a_gpu_writes_samples_by_graphs_of_its_own_between_replays(tmp_path: Pat
     written = [(run.parent.parent / "samples.txt").read_text() for run in (replayed, whole)]
     assert written[0] == written[1]
     assert written[0].count("=== step") == STEPS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["MSAF", "M"])
+def test_a_whole_run_on_a_gpu_is_the_same_replayed(tmp_path: Path, pattern: str) -> None:
+    """With validation, samples, checkpoints, a stop, and an odd batch at the end."""
+    data = corpus(tmp_path)
+    assert data.tokenizer is not None
+    tokenizer = data.tokenizer
+
+    def write(model: LanguageModel) -> str:
+        [completion] = Engine(model, tokenizer).generate(
+            ["It"], SamplingConfig(temperature=0.7), max_new_tokens=8, seeds=0
+        )
+        return completion.text
+
+    def run(name: str, *, seed: int = 0, **settings: Any) -> Path:
+        trainer = make_trainer(
+            tmp_path / name, data, wide_model(pattern, seed=seed), cpu=False, num_workers=2,
+            write_sample=write, max_steps=14, batch_size=8, micro_batch_size=2, dropout=0.1,
+            precision=Precision.bf16, eval_every=2, eval_batches=2, sample_every=5, save_every=4,
+            **settings,
+        )  # fmt: skip
+        learn = trainer.forward_backward
+
+        def cut_the_last(micro_batches: list[dict[str, Tensor]]) -> Gradient:
+            if trainer.progress.step == 13:
+                micro_batches[-1] = {k: v[:1] for k, v in micro_batches[-1].items()}
+                micro_batches[0] = {k: v[:, :-5] for k, v in micro_batches[0].items()}
+            return learn(micro_batches)
+
+        trainer.forward_backward = cut_the_last  # type: ignore[method-assign]
+        trainer.fit()
+        return step_folder(tmp_path / name, trainer.progress.step)
+
+    whole = run("launched", cuda_graph=False)
+    run("replayed", cuda_graph=True, tracker=sigterm_at(6))
+    replayed = run("replayed", cuda_graph=True, seed=5)
+    assert_same_run(tmp_path, replayed, whole)
+    samples = [(path.parent.parent / "samples.txt").read_text() for path in (replayed, whole)]
+    assert samples[0].replace("=== step 7", "").count("===") >= 3
+    parts = [dict(part.split("\n", 1) for part in text.split("=== step ")[1:]) for text in samples]
+    assert {step: parts[0][step] for step in parts[1]} == parts[1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_goes_on_after_a_recording_that_failed(tmp_path: Path) -> None:
+    """In a process of its own, as what is left behind may be in disorder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.failed_recording", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cannot be recorded and runs launch by launch" in done.stderr
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -69,15 +69,6 @@ class Blocks:
     """With ``rows``: whether the rows are the left factor."""
 
 
-class Normed(NamedTuple):
-    """Inputs of a product, of whose RMSNorm only a factor a row is left to do."""
-
-    x: Tensor
-    """Times the norm's weight, (b, k)."""
-    squares: Tensor
-    """Sums of squares of parts of the inputs before that, (b, s) float32."""
-
-
 MOST_SHARED = 8192
 """Tiles of outputs that several programs may share."""
 
@@ -86,13 +77,8 @@ FEWEST_SCALED = 2
 where that is a kernel of ours: measured, 130M steps of 8 rows take 5 to 7 % less and of 64 up to
 2.5 %. One row's product normalises in passing, and neither gains nor loses."""
 
-CARRIES_NORM = False
-"""Whether what adds to the residual stream does of the next norm what is local, from
-``FEWEST_SCALED`` rows on."""
-
 _override: Blocks | None = None
 _scales: bool | None = None
-_carries: bool | None = None
 
 
 def override_blocks(blocks: Blocks | None) -> None:
@@ -110,17 +96,6 @@ def override_scales(scales: bool | None) -> None:
     """Let it, or not (tests and tuning); None undoes it."""
     global _scales
     _scales = scales
-
-
-def carries(rows: int) -> bool:
-    """Return whether a product that adds to the residual stream begins the norm that follows."""
-    return (CARRIES_NORM if _carries is None else _carries) and rows >= FEWEST_SCALED
-
-
-def override_carries(carries: bool | None) -> None:
-    """Let it, or not (tests and tuning); None undoes it."""
-    global _carries
-    _carries = carries
 
 
 @lru_cache
@@ -224,13 +199,6 @@ def unsupported(
     return None
 
 
-def by_tiles(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the kernel that takes several rows at once takes a product."""
-    blocks = _blocks(x, weight)
-    taken = unsupported(x, weight, None, None, None, None) is None
-    return taken and blocks is not None and blocks.rows > 0
-
-
 def _group(k: int, norm: Norm | None, scale: Scale | None) -> int:
     """Return the inputs that are normalised together."""
     size = norm.group_size if norm is not None else scale.group_size if scale is not None else None
@@ -258,34 +226,21 @@ def linear_step_triton(
     residual: Tensor | None,
     dtype: torch.dtype,
     scale: Scale | None = None,
-    next_norm: Tensor | None = None,
-) -> tuple[Tensor, Normed | None]:
+) -> Tensor:
     """Run the kernel.
 
     Args:
         dtype: Of the result without a residual.
-        next_norm: Weight of a norm of the result, (n,), where ``by_tiles``.
 
     Other Args: as ``linear_step``; what ``unsupported`` lets pass.
-
-    Returns:
-        The result, and with ``next_norm`` what it leaves for that norm.
     """
     (b, k), n = x.shape, weight.shape[0]
     device = x.device
     y = torch.empty(b, n, dtype=dtype if residual is None else residual.dtype, device=device)
+    if b == 0:
+        return y
     blocks = _blocks(x, weight)
     assert blocks is not None
-    left: Normed | None = None
-    if next_norm is not None:
-        assert blocks.rows
-        parts = -(-n // blocks.n)
-        left = Normed(
-            torch.empty(b, n, dtype=weight.dtype, device=device),
-            torch.empty(b, parts, dtype=torch.float32, device=device),
-        )
-    if b == 0:
-        return y, left
     group = _group(k, norm, scale)
     taps = 0 if convolution is None else convolution.weight.shape[1]
     if norm is not None and blocks.rows and (blocks.split > 1 or not blocks.folded):
@@ -305,7 +260,7 @@ def linear_step_triton(
     )
     launch = Launches(
         device, "linear_step", blocks, group, dtype, *map(signature, tensors),
-        norm is None, gate is None, scale is None, channels, start, chain, signature(next_norm),
+        norm is None, gate is None, scale is None, channels, start, chain,
     )  # fmt: skip
     pointers = (
         x, x if gate is None else gate, x if norm is None else norm.weight, weight,
@@ -330,17 +285,13 @@ def linear_step_triton(
                 size = grid[0] * grid[1] * blocks.split * blocks.n * blocks.rows
                 shared = torch.empty(size, dtype=torch.float32, device=device)
                 arrived = arrivals(device)
-            following = (y, y, y)
-            if next_norm is not None and left is not None:
-                following = (next_norm, *left)
             launch(
-                _kernel("rows_kernel"), grid, *pointers, shared, arrived, *following,
+                _kernel("rows_kernel"), grid, *pointers, shared, arrived,
                 b, n, k, x.stride(0), 0 if gate is None else gate.stride(0),
                 0 if residual is None else residual.stride(0), kept.stride(0), start, channels,
                 eps, warps=blocks.warps, stages=blocks.stages, chain=chain,
                 **parts, ROWS=blocks.rows, BLOCK_N=blocks.n, BLOCK_K=tile, STAGES=blocks.stages,
-                SPLIT=blocks.split, FLIP=blocks.flip, NEXT=left is not None, AHEAD=blocks.ahead,
-                CHAIN=chain,
+                SPLIT=blocks.split, FLIP=blocks.flip, AHEAD=blocks.ahead, CHAIN=chain,
             )  # fmt: skip
         else:
             assert b == 1
@@ -351,7 +302,7 @@ def linear_step_triton(
                 **parts, BLOCK_N=blocks.n, BLOCK_K=tile, AHEAD=min(blocks.ahead, tiles),
                 CHAIN=chain,
             )  # fmt: skip
-    return y, left
+    return y
 
 
 def normalised(x: Tensor, norm: Norm, gate: Tensor | None, dtype: torch.dtype) -> Tensor:

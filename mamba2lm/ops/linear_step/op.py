@@ -6,14 +6,7 @@ import torch
 from torch import Tensor
 
 from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape
-from mamba2lm.ops.linear_step.launch import (
-    Normed,
-    by_tiles,
-    carries,
-    linear_step_triton,
-    scales,
-    unsupported,
-)
+from mamba2lm.ops.linear_step.launch import linear_step_triton, scales, unsupported
 from mamba2lm.ops.linear_step.reference import Convolution, Norm, Scale, linear_step_composed
 
 
@@ -85,58 +78,12 @@ def linear_step(
     reason = unsupported(x, weight, norm, gate, convolution, residual, scale)
     chosen = choose_impl("linear_step", impl, x, unsupported=reason)
     if chosen == "triton":
-        y, _ = linear_step_triton(
+        return linear_step_triton(
             x, weight, bias, norm, gate, convolution, residual, out_dtype or weight.dtype, scale
         )
-        return y
     return linear_step_composed(
         x, weight, bias, norm, gate, convolution, residual, out_dtype, impl, scale, in_place
     )
-
-
-def linear_step_normed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor,
-    next_norm: Tensor,
-    norm: Norm | None = None,
-    gate: Tensor | None = None,
-    scale: Scale | None = None,
-    impl: Impl = "auto",
-) -> tuple[Tensor, Normed]:
-    """Add to the residual stream, and do of the RMSNorm that follows what is local.
-
-    The rest, a factor a row, is the ``scale`` of the product behind that norm; so there is no pass
-    between the two products.
-
-    Args:
-        next_norm: Weight of the norm that follows, (n,).
-
-    Other Args: as ``linear_step``.
-
-    Returns:
-        What ``linear_step`` does, (b, n), and that times ``next_norm`` in the dtype of ``weight``
-        with sums of its squares before, of whatever parts.
-
-    Raises:
-        ValueError: As ``linear_step``, or a weight of the wrong shape.
-    """
-    expect_shape("next_norm", next_norm, "n", {"n": weight.shape[0]})
-    if impl != "reference" and by_tiles(x, weight):
-        reason = unsupported(x, weight, norm, gate, None, residual, scale)
-        if choose_impl("linear_step_normed", impl, x, unsupported=reason) == "triton":
-            y, left = linear_step_triton(
-                x, weight, bias, norm, gate, None, residual, weight.dtype, scale, next_norm
-            )
-            assert left is not None
-            return y, left
-    y = linear_step(
-        x, weight, bias, norm=norm, gate=gate, residual=residual, scale=scale, impl=impl
-    )
-    squares = y.float().square().sum(dim=1, keepdim=True)
-    return y, Normed((y * next_norm).to(weight.dtype), squares)
 
 
 def takes_scale(x: Tensor, weight: Tensor) -> bool:
@@ -147,18 +94,6 @@ def takes_scale(x: Tensor, weight: Tensor) -> bool:
         weight: (n, k).
     """
     return scales(x.shape[0]) and unsupported(x, weight, None, None, None, None) is None
-
-
-def carries_norm(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a product may leave, and take, a norm that its neighbour does the rest of.
-
-    Args:
-        x: What the product's inputs will be like, (b, k).
-        weight: (n, k).
-    """
-    # In float16 a stream before its norm might overflow.
-    narrow = weight.dtype == torch.bfloat16 or weight.element_size() > 2
-    return carries(x.shape[0]) and narrow and by_tiles(x, weight)
 
 
 def _check(

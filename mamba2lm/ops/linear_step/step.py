@@ -6,8 +6,7 @@ Every part beside the product is optional. With few rows the time is that of rea
 program takes some outputs n of all rows and streams their rows of W; what it needs of x is small
 and comes from the cache. The scale of a norm is one number a row and group: it is applied to the
 sums, so the norm costs no pass of its own. Where the kernel before has multiplied by the norm's
-weight and left sums of squares (``SQUARES`` a group), that number is all that is left of the norm;
-``rows_kernel`` leaves both to the product that follows where ``NEXT`` says so.
+weight and left sums of squares (``SQUARES`` a group), that number is all that is left of the norm.
 A convolution's channel is an output, so the program that makes it also owns what it remembers.
 
 ``vector_kernel`` takes one row, with products in float32 outside the tensor cores; ``rows_kernel``
@@ -105,7 +104,7 @@ def finish(
     value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels,
     TAPS: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias, convolve what is to be convolved, add the residual, store, and return it."""
+    """Add the bias, convolve what is to be convolved, add the residual, and store."""
     bias, residual, taps, taps_bias, kept = around
     value += bias
     if TAPS > 0:
@@ -126,32 +125,6 @@ def finish(
         value = tl.where(convolved, total * sigmoid(total), value)
     value += residual
     tl.store(y_ptr + tl.cast(r, tl.int64) * n_size + n, value.to(y_ptr.dtype.element_ty), mask=mask)
-    return value
-
-
-@triton.jit
-def load_next(next_ptr, n, n_size, NEXT: tl.constexpr):
-    """Load the weight of the norm that follows."""
-    if NEXT:
-        return tl.load(next_ptr + n, mask=n < n_size, other=0.0).to(tl.float32)
-    else:
-        return 0.0
-
-
-@triton.jit
-def leave(
-    value, weight, n, r, mask, normed_ptr, left_ptr, r_size, n_size,
-    ROWS: tl.constexpr, FLIP: tl.constexpr, NEXT: tl.constexpr,
-):  # fmt: skip
-    """Store results times the next norm's weight, and the sums of their squares of each row."""
-    if NEXT:
-        value = tl.where(mask, value, 0.0)
-        place = tl.cast(r, tl.int64) * n_size + n
-        tl.store(normed_ptr + place, (value * weight).to(normed_ptr.dtype.element_ty), mask=mask)
-        squares = tl.sum(value * value, axis=1 if FLIP else 0)
-        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        left_ptrs = left_ptr + row * tl.num_programs(0) + tl.program_id(0)
-        tl.store(left_ptrs, squares, mask=row < r_size)
 
 
 @triton.jit
@@ -277,14 +250,12 @@ def last_sum(value, part_ptr, arrived_ptr, SPLIT: tl.constexpr):
 def rows_kernel(
     x_ptr, z_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr,
     taps_ptr, taps_bias_ptr, kept_ptr, squares_ptr, parts_ptr, arrived_ptr,
-    next_ptr, normed_ptr, left_ptr,
     r_size, n_size, k_size, x_r, z_r, residual_r, kept_r, start, channels, eps,
     NORMED: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     TAPS: tl.constexpr, HAS_TAPS_BIAS: tl.constexpr, SQUARES: tl.constexpr,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, FLIP: tl.constexpr, NEXT: tl.constexpr, AHEAD: tl.constexpr,
-    CHAIN: tl.constexpr,
+    SPLIT: tl.constexpr, FLIP: tl.constexpr, AHEAD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Make ``BLOCK_N`` outputs of up to ``ROWS`` rows; as ``vector_kernel`` otherwise.
 
@@ -362,11 +333,7 @@ def rows_kernel(
             n_size, residual_r, kept_r, start, channels,
             HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
         )  # fmt: skip
-        weight = load_next(next_ptr, n, n_size, NEXT)
-        value = finish(
-            value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS
-        )
-        leave(value, weight, n, r, mask, normed_ptr, left_ptr, r_size, n_size, ROWS, FLIP, NEXT)
+        finish(value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS)
     else:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part_ptr = parts_ptr + tl.cast(tile, tl.int64) * (SPLIT * BLOCK_N * ROWS)
@@ -377,11 +344,9 @@ def rows_kernel(
                 n_size, residual_r, kept_r, start, channels,
                 HAS_BIAS, HAS_RESIDUAL, TAPS, HAS_TAPS_BIAS,
             )  # fmt: skip
-            weight = load_next(next_ptr, n, n_size, NEXT)
-            value = finish(
+            finish(
                 value, around, n, r, mask, y_ptr, kept_ptr, n_size, kept_r, start, channels, TAPS
             )
-            leave(value, weight, n, r, mask, normed_ptr, left_ptr, r_size, n_size, ROWS, FLIP, NEXT)
 
 
 @triton.jit
