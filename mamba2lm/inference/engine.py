@@ -109,7 +109,7 @@ class Engine:
             graphs=cuda_graphs,
             masks=self.constraints.masks,
         )
-        self._pace = Pace(self.sync_every)
+        self._pace = Pace(self.sync_every, steady=model.tensor is not None)
         self._heard_at = 0.0
         self._flights: deque[Flight] = deque()
         self._waiting: deque[Job] = deque()

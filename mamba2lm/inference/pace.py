@@ -17,13 +17,15 @@ _NEWEST = 0.1
 class Pace:
     """Chooses strides by how long the device takes a step, and whether the host keeps up."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, steady: bool = False) -> None:
         """Know nothing yet.
 
         Args:
             most: Steps, whatever else is so.
+            steady: Go by no clock, as where several processes have to take the same steps.
         """
         self.most = most
+        self._steady = steady
         self.step_seconds = 0.0
         """Of the device."""
         self.late = 0.0
@@ -47,6 +49,8 @@ class Pace:
 
     def heard(self, flight: Flight, waited: float) -> None:
         """Learn from steps that the host has waited for, so many seconds."""
+        if self._steady:
+            return
         self.step_seconds = flight.step_seconds() or self.step_seconds
         if flight.steps > 1:
             self.late += _NEWEST * ((waited < _IN_TIME) - self.late)
