@@ -80,6 +80,7 @@ SHAPES = (
     Shape("B1 L2048 H80", 1, 2048, 80),
     Shape("B8 L2048 H24", 8, 2048, 24),
     Shape("B1 L65536 H64", 1, 65536, 64),
+    Shape("B4 L8192 H64", 4, 8192, 64),
     Shape("S* N64", 8, 4096, 80, n=64),
     Shape("S* N256", 8, 4096, 80, n=256),
     Shape("S* G8", 8, 4096, 80, g=8),
@@ -479,7 +480,12 @@ def tune(shape: Shape, kernel_name: str, tried: Iterable[Config]) -> list[dict[s
 
 CLASSES: tuple[tuple[str, str, dict[str, tuple[int, int]]], ...] = (
     ("S* N256", "fused states scan states_backward through within", {"state": (8193, 16384)}),
-    ("S*", "fused states scan states_backward through within", {"rows": (264, 10**9)}),
+    ("S*", "fused states scan states_backward through within", {"rows": (377, 10**9)}),
+    (
+        "B4 L8192 H64",
+        "fused states scan states_backward through within",
+        {"rows": (192, 264)},
+    ),
     (
         "B1 L65536 H64",
         "states scan states_backward through within",
