@@ -171,7 +171,7 @@ class Batch:
         self._needs: Features | None = None  # of all rows, while these are the rows
         self._graphs: Graphs[Drawn] | None = None
         if graphs and self._device.type == "cuda":
-            self._graphs = Graphs()
+            self._graphs = Graphs("a step")
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -370,7 +370,7 @@ class Batch:
     def _forget_graphs(self) -> None:
         """Drop the recorded steps: they write to buffers that are no more."""
         if self._graphs is not None:
-            self._graphs = Graphs()
+            self._graphs = Graphs("a step")
 
 
 def _now(device: torch.device) -> float | torch.cuda.Event:
