@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -102,10 +103,23 @@ def test_kernels_match_the_whole_norm(
         assert relative_error(ours, theirs) < limit
 
 
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_made_again_and_match_is_to_the_last_bit(dtype: torch.dtype) -> None:
+    """A run that keeps outputs and one that does not learn the same."""
+    x, z, weight = (tensor.to(DEVICE, dtype) for tensor in draw().values())
+    assert dist.group.WORLD is not None
+    runs = Runs(dist.group.WORLD, CHANNELS, (0,), 1)
+    y, scale = divided.forward(x, z, weight, runs, 1e-3)
+    again = torch.full_like(y, math.nan)
+    divided.backward(torch.randn_like(x), x, z, weight, scale, runs, y_out=again)
+    torch.testing.assert_close(again, y, rtol=0, atol=0)
+
+
 @pytest.mark.skipif(kernels.INTERPRETED or DEVICE == "cuda", reason="the kernels run as they are")
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    run_in_interpreter(__file__, "match", passed=6)
+    run_in_interpreter(__file__, "match", passed=8)
 
 
 @pytest.mark.parametrize("target", TARGETS)

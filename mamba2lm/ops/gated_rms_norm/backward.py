@@ -101,8 +101,11 @@ def rms_norm_backward_kernel(
             store_piece(dx_ptr + t * dx_t + start, dx_t, left, du, i, ROWS, WIDTH, PIECE)
             if TWO_DTYPES:
                 store_piece(dresidual_ptr + t * d + start, d, left, du, i, ROWS, WIDTH, PIECE)
-            if WANT_Y:
-                y = v * weight[i]
+            if WANT_Y:  # to the last bit what the forward pass gave: a layer may keep that instead
+                u = x
+                if GATED:
+                    u = x * z / (1.0 + tl.exp(-z))
+                y = u * scale * weight[i]
                 store_piece(y_ptr + t * y_t + start, y_t, left, y, i, ROWS, WIDTH, PIECE)
     c = tl.arange(0, PIECE)
     for i in tl.static_range(PIECES):

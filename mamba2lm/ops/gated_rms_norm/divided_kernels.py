@@ -98,8 +98,8 @@ def gradients_kernel(
         du = dy * weight * scale - slope * u
         out = (t * RUNS + k) * WIDTH
         store_run(dx_ptr + out, du * z * gate, WIDTH, BLOCK)
-        if WANT_Y:
-            store_run(y_ptr + out, scaled * weight, WIDTH, BLOCK)
+        if WANT_Y:  # to the last bit what the forward pass gave: a layer may keep that instead
+            store_run(y_ptr + out, u * (scale * weight), WIDTH, BLOCK)
         dz_base = dz_ptr + t * (dz_t * UNIT) + k * WIDTH
         store_run(dz_base, du * x * gate * (1.0 + z * (1.0 - gate)), WIDTH, BLOCK)
     store_run(partial_ptr + (tl.program_id(0) * RUNS + k) * WIDTH, dweight, WIDTH, BLOCK)
