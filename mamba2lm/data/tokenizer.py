@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -306,6 +306,9 @@ class _Remembered(dict[int, bytes]):
 class TextStream:
     """Turn ids into text as they come, never giving out half a character."""
 
+    quick: ClassVar[bool] = False
+    """Whether many ids at once take next to no time."""
+
     def push(self, token_id: int) -> str:
         """Take one id; return the text that is now certain, often one token behind."""
         raise NotImplementedError
@@ -321,6 +324,8 @@ class TextStream:
 
 class ByteStream(TextStream):
     """Stream of a byte-level tokenizer: an incremental UTF-8 decoder."""
+
+    quick = True
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer

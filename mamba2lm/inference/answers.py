@@ -58,12 +58,13 @@ class Choice:
 class Running:
     """Submitted requests and what has come of them."""
 
-    def __init__(self, server: Server, tickets: list[Ticket], rows: int) -> None:
+    def __init__(self, server: Server, tickets: list[Ticket], rows: int, *, streamed: bool) -> None:
         self.tickets = tickets
         self.rows = rows * len(tickets)
         """Continuations of all prompts."""
         self._server = server
         self._rows = rows
+        self._streamed = streamed
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yield what comes, with the number of the prompt; ends when all has.
@@ -114,7 +115,8 @@ class Running:
                 raise explained(piece.error)
             if piece.tokens:
                 if piece.row in last:
-                    server.between_tokens.observe(piece.at - last[piece.row])
+                    if self._streamed:  # others are told at their ends only
+                        server.between_tokens.observe(piece.at - last[piece.row])
                 elif not last:
                     server.first_token.observe(piece.at - ticket.submitted_at)
                 last[piece.row] = piece.at

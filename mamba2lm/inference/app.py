@@ -99,7 +99,7 @@ class Server:
             "mamba2lm_time_to_first_token_seconds", "From a request to its first token."
         )
         self.between_tokens = Histogram(
-            "mamba2lm_inter_token_seconds", "Between two deliveries of tokens of one continuation."
+            "mamba2lm_inter_token_seconds", "Between two deliveries of a streamed continuation."
         )
         self.duration = Histogram(
             "mamba2lm_request_seconds", "From a request to the end of its answer."
@@ -437,7 +437,7 @@ class Server:
             if not self.worker.alive:
                 raise internal() from error
             raise busy(429, "The server has as many requests as it can queue.") from error
-        running = Running(self, tickets, rows)
+        running = Running(self, tickets, rows, streamed=bool(asked.stream))
         if asked.stream:
             return EventStream(self, running, answer)
         gone = asyncio.create_task(_disconnected(http))

@@ -171,7 +171,7 @@ class Batch:
         self._needs: Features | None = None  # of all rows, while these are the rows
         self._graphs: Graphs[Drawn] | None = None
         if graphs and self._device.type == "cuda":
-            self._graphs = Graphs()
+            self._graphs = Graphs("a step")
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -209,8 +209,7 @@ class Batch:
         if any(slot.constraint for slot in slots) and self._rows.mask_bw is None:
             self._rows.track_masks(self._model.vocab_size)
             self._forget_graphs()
-        for i, state in enumerate(states, start=old):
-            self._states.put(i, state)
+        self._states.put(old, states)
         self._rows.put(old, [(slot.sampling, slot.seed, slot.seen) for slot in slots])
         self._allow(slots, old)
         features = self._features(slots)
@@ -371,7 +370,7 @@ class Batch:
     def _forget_graphs(self) -> None:
         """Drop the recorded steps: they write to buffers that are no more."""
         if self._graphs is not None:
-            self._graphs = Graphs()
+            self._graphs = Graphs("a step")
 
 
 def _now(device: torch.device) -> float | torch.cuda.Event:

@@ -64,7 +64,7 @@ class Row:
             stop_token_ids: Ids that end it, beside the end-of-text id.
             ignore_eos: Go on after the end-of-text id, as if it were any other.
             grows: Whether somebody reads the text before its end. Else tokens become text then
-                only, unless there are stop strings to look for.
+                only, unless that takes long or there are stop strings to look for.
         """
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
@@ -81,7 +81,8 @@ class Row:
         self._max_new_tokens = max_new_tokens
         self._stop = StopStrings(stop)
         self._decoder = tokenizer.stream()
-        self._grows = grows
+        # What takes its time is not left to the end, where all rows would wait for it.
+        self._grows = grows or not self._decoder.quick
 
     @property
     def left(self) -> int:

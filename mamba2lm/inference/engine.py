@@ -28,6 +28,7 @@ from torch import Tensor
 from mamba2lm.data.tokenizer import Tokenizer
 from mamba2lm.inference.batch import Batch, DrawnTokens, Flight, Slot
 from mamba2lm.inference.decoding import Completion, Row
+from mamba2lm.inference.pace import Pace
 from mamba2lm.inference.prefill import Prefill
 from mamba2lm.inference.request import EngineStats, Event, Job, Request
 from mamba2lm.inference.rows import Read
@@ -42,12 +43,6 @@ log = logging.getLogger(__name__)
 
 STATE_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 GREEDY = SamplingConfig(temperature=0.0)
-DELIVERY_SECONDS = 0.01
-# Steps between two looks of a host that is in time, which is one that waits so many seconds for the
-# tokens; and the weight of the newest look in whether it is.
-_STRIDE = 8
-_IN_TIME = 2e-4
-_NEWEST = 0.1
 # Rows from which on steps go on though a reply's state is wanted for the cache.
 _CROWD = 8
 
@@ -79,7 +74,7 @@ class Engine:
                 costs accuracy.
             state_cache_bytes: Budget of the state cache; 0 for none.
             sync_every: Most tokens a row draws before the host looks at them; default 16 on a GPU
-                and 1 elsewhere. A streamed token waits at most ``DELIVERY_SECONDS`` for others.
+                and 1 elsewhere. A streamed token waits at most about 10 ms for others.
             cuda_graphs: Replay steps as CUDA graphs on a GPU.
 
         Raises:
@@ -114,8 +109,7 @@ class Engine:
             graphs=cuda_graphs,
             masks=self.constraints.masks,
         )
-        self._step_seconds = 0.0
-        self._late = 0.0  # share of the looks at what was drawn, of late, that came after it
+        self._pace = Pace(self.sync_every, steady=model.tensor is not None)
         self._heard_at = 0.0
         self._flights: deque[Flight] = deque()
         self._waiting: deque[Job] = deque()
@@ -445,10 +439,7 @@ class Engine:
         return not (cached and any(job.request.cache_reply for job in jobs))
 
     def _stride(self) -> int:
-        """Return how many steps to take before looking at what they drew.
-
-        More for a host that comes to look when a GPU has nothing to do any more.
-        """
+        """Return how many steps to take before looking at what they drew."""
         left, streamed = 1, False
         for slot in self.batch.slots:
             job = slot.owner[0]
@@ -456,14 +447,7 @@ class Engine:
                 return 1  # a state is wanted as of the very token that ends a text
             streamed = streamed or job.request.stream
             left = max(left, slot.left)
-        count = min(self.sync_every, left)
-        if self._late < 0.5:
-            count = min(count, _STRIDE)
-        if self.batch.constrained:
-            return 1
-        if streamed:
-            count = min(count, max(int(DELIVERY_SECONDS / max(self._step_seconds, 1e-6)), 1))
-        return count
+        return 1 if self.batch.constrained else self._pace.steps(left, streamed=streamed)
 
     def _hear(self, keep: int) -> None:
         """Take in what was drawn, all but the last ``keep`` flights while there are rows."""
@@ -472,15 +456,12 @@ class Engine:
             began = time.perf_counter()
             try:
                 flight.wait()
-                late = time.perf_counter() - began < _IN_TIME
+                self._heard_at = time.perf_counter()
                 drawn = flight.tokens()
             except Exception as error:
                 self._fail_batch(error, flight)
                 return
-            if flight.steps > 1:
-                self._late += _NEWEST * (late - self._late)
-            self._heard_at = time.perf_counter()
-            self._step_seconds = flight.step_seconds() or self._step_seconds
+            self._pace.heard(flight, self._heard_at - began)
             self._push(flight, drawn)
 
     def _push(self, flight: Flight, drawn: list[DrawnTokens]) -> None:

@@ -16,12 +16,11 @@ T = TypeVar("T")
 class Graphs(Generic[T]):
     """Recorded functions without arguments, whose results lie in the same memory each time."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str) -> None:
+        """Begin with none; ``what`` they are is for the log."""
+        self._what = what
         self._by_shape: dict[tuple[object, ...], Callable[[], T]] = {}
         self._pool: Any = None
-
-    def __contains__(self, shape: tuple[object, ...]) -> bool:
-        return shape in self._by_shape
 
     def recorded(
         self, shape: tuple[object, ...], once: Callable[[], T], scratch: Callable[[], T]
@@ -38,7 +37,12 @@ class Graphs(Generic[T]):
                 self._by_shape[shape] = self._record(once, scratch)
             except RuntimeError as error:
                 # A mixer may do what a graph cannot hold; it then runs as it does elsewhere.
-                log.warning("%s cannot be recorded and runs op by op: %s", shape, error)
+                log.warning(
+                    "%s of shape %s cannot be recorded and runs op by op: %s",
+                    self._what,
+                    shape,
+                    error,
+                )
                 self._by_shape[shape] = once
         return self._by_shape[shape]
 

@@ -92,8 +92,10 @@ class Prefill:
         ready = [job for job in self.jobs if job.logits_v is not None]
         self.jobs = deque(job for job in self.jobs if job.logits_v is None)
         while self.jobs:
-            whole = [job for job in self.jobs if self._takes_whole(job)]
-            others = [job for job in self.jobs if job not in whole]
+            whole: list[Job] = []
+            others: list[Job] = []
+            for job in self.jobs:
+                (whole if self._takes_whole(job) else others).append(job)
             self._passes += 1
             length: int | None = None
             if whole and (not others or self._passes % 4):

@@ -9,7 +9,7 @@ moved by one operation a kind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -141,18 +141,24 @@ class Rows:
             tensors = [state.layers[layer][name] for layer, name in stack.places]
             torch.stack(tensors, out=stack.tensor_kb)
 
-    def put(self, row: int, read: Read) -> None:
-        """Overwrite a row, in these rows' dtypes."""
-        states, index = read.states, read.index
-        for i, stack in enumerate(self._stacks):
-            if isinstance(states, Rows):
-                source_k = states._stacks[i].tensor_kb[:, index]
-            else:
-                source_k = torch.stack([states.layers[n][name][index] for n, name in stack.places])
-            stack.tensor_kb[:, row].copy_(source_k)
+    def put(self, first: int, reads: Sequence[Read]) -> None:
+        """Overwrite rows from ``first`` on, in these rows' dtypes."""
+        for place, count in _runs(reads):
+            states, index = reads[place].states, reads[place].index
+            rows, taken = (slice(start, start + count) for start in (first + place, index))
+            for i, stack in enumerate(self._stacks):
+                if isinstance(states, Rows):
+                    source_kb = states._stacks[i].tensor_kb[:, taken]
+                else:
+                    parts = [states.layers[layer][name][taken] for layer, name in stack.places]
+                    source_kb = torch.stack(parts)
+                stack.tensor_kb[:, rows].copy_(source_kb)
         for i in self._others:
-            layer = (states.state if isinstance(states, Rows) else states).layers[i]
-            self._layers[i].put(row, layer if layer.batch == 1 else layer.row(index, _ALL))
+            for row, read in enumerate(reads, first):
+                states = read.states.state if isinstance(read.states, Rows) else read.states
+                layer = states.layers[i]
+                alone = layer if layer.batch == 1 else layer.row(read.index, _ALL)
+                self._layers[i].put(row, alone)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copy one row, which has read at most so many tokens, over another."""
@@ -168,6 +174,20 @@ class Rows:
         for i in self._others:
             layers[i] = layers[i].row(row, tokens)
         return _with_views(layers, stacks)
+
+
+def _runs(reads: Sequence[Read]) -> Iterator[tuple[int, int]]:
+    """Yield place and length of what lies side by side where it was read, too."""
+    start = 0
+    for place in range(1, len(reads) + 1):
+        together = (
+            place < len(reads)
+            and reads[place].states is reads[start].states
+            and reads[place].index == reads[start].index + place - start
+        )
+        if not together:
+            yield start, place - start
+            start = place
 
 
 def _zeros(layer: State, rows: int) -> State:

@@ -34,7 +34,7 @@ class WholePrompts:
         """Take no memory yet.
 
         Args:
-            model: Whose state forgets what stands before a prompt: no attention without a window.
+            model: Whose state forgets what stands before a prompt, as attention's caches do not.
             most: Most tokens of a pass.
             record: Whether passes are recorded as CUDA graphs.
         """
@@ -42,11 +42,8 @@ class WholePrompts:
         self._device = model.embedding.weight.device
         self._most = most
         self._lengths = [1 << n for n in range(_SHORTEST.bit_length() - 1, most.bit_length())]
-        self._none = Rows.like(model.new_state(0), 0)
-        self._graphs: Graphs[Tensor] | None = None
-        if record and self._none.alike:
-            self._graphs = Graphs()
-        self._used: set[tuple[int, int]] = set()
+        self._graphs: Graphs[Tensor] | None = Graphs("a pass over prompts") if record else None
+        self._passes: dict[tuple[int, int], Callable[[], Tensor]] = {}
         self._out: dict[int, Rows] = {}
         self._before: ModelState | None = None
         self._given = torch.zeros(0, dtype=torch.int64, device=self._device)
@@ -80,7 +77,7 @@ class WholePrompts:
             self._recorded(self._graphs, shape)
 
     @torch.inference_mode()
-    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Rows | ModelState, Tensor]:
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Rows, Tensor]:
         """Read prompts, for which ``shape`` has a pass.
 
         Returns:
@@ -95,23 +92,19 @@ class WholePrompts:
             numbers += [0] * (length - len(prompt))
             numbers += prompt
         numbers += [0] * (length * (rows - len(prompts)))
-        if not self._none.alike:
-            state, logits_bv = self._pass(shape, sent(numbers, torch.int64, self._device))
-            return state, logits_bv[: len(prompts)]
         self._make_room()
         self._given[: len(numbers)] = sent(numbers, torch.int64, self._device)
-        once = self._once(shape)
         # A shape that is met only once is not worth recording.
-        if self._graphs is not None and (shape in self._used or shape in self._graphs):
-            once = self._recorded(self._graphs, shape)
-        self._used.add(shape)
-        logits_bv = once()
+        if self._graphs is not None and shape in self._passes:
+            logits_bv = self._recorded(self._graphs, shape)()
+        else:
+            logits_bv = self._pass(shape)()
         # Copies: the next pass writes there again.
         return self._out[rows].first(len(prompts)), logits_bv[: len(prompts)].clone()
 
     def _recorded(self, graphs: Graphs[Tensor], shape: tuple[int, int]) -> Callable[[], Tensor]:
         self._make_room()
-        once = self._once(shape)
+        once = self._pass(shape)
         return graphs.recorded(shape, once, once)
 
     def _make_room(self) -> None:
@@ -140,29 +133,30 @@ class WholePrompts:
             layers.append(layer.replace(**mine))
         return ModelState(layers)
 
-    def _once(self, shape: tuple[int, int]) -> Callable[[], Tensor]:
-        """Return a pass over what has been given, which leaves the states in their buffers."""
+    def _pass(self, shape: tuple[int, int]) -> Callable[[], Tensor]:
+        """Return a pass over what has been given, which leaves the states in their buffers.
+
+        First in what is given come the places where rows begin, then their ids.
+        """
+        if shape in self._passes:
+            return self._passes[shape]
+        rows, length = shape
+        begin_b, ids = self._given[:rows], self._given[rows : rows * (length + 1)]
+        out = self._out[rows]
 
         def run() -> Tensor:
-            state, logits_bv = self._pass(shape, self._given)
-            self._out[shape[0]].fill(state)
-            return logits_bv
+            assert self._before is not None
+            place_l = torch.arange(length, device=self._device)
+            output = self._model(
+                ids.view(rows, length),
+                seq_idx=(place_l >= begin_b[:, None]).long(),
+                state=self._before.first(rows, 0),
+                last_only=True,
+            )
+            assert output.logits is not None
+            assert output.state is not None
+            out.fill(output.state)
+            return output.logits[:, -1]
 
+        self._passes[shape] = run
         return run
-
-    def _pass(self, shape: tuple[int, int], given: Tensor) -> tuple[ModelState, Tensor]:
-        """Read rows; first come the places where they begin, then the ids."""
-        rows, length = shape
-        begin_b, ids = given[:rows], given[rows : rows * (length + 1)]
-        place_l = torch.arange(length, device=self._device)
-        if self._before is None:
-            before = self._model.new_state(rows)
-        else:
-            before = self._before.first(rows, 0)
-        output = self._model(
-            ids.view(rows, length),
-            seq_idx=(place_l >= begin_b[:, None]).long(),
-            state=before,
-            last_only=True,
-        )
-        return output.state, output.logits[:, -1]

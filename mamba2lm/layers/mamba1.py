@@ -269,18 +269,16 @@ class Mamba1(Mixer):
             ),
         )
         x_bi, z_bi = xz_bi.chunk(2, dim=-1)
-        joined = ops.projects_dt(x_bi, self.dt_proj.weight)
-        dt, B_bn, C_bn = self._select(x_bi, ops.linear_step, project=not joined)
+        dt_bi, B_bn, C_bn = self._select(x_bi, ops.linear_step)
         y_bi, _ = ops.selective_state_update(
             state["ssm"],
             x_bi,
-            dt,
+            dt_bi,
             self.A_log,
             B_bn,
             C_bn,
             D=self.D,
             z=z_bi,
-            dt_weight=self.dt_proj.weight if joined else None,
             dt_bias=self.dt_proj.bias,
             dt_softplus=True,
             A_is_log=True,
@@ -295,13 +293,8 @@ class Mamba1(Mixer):
         self,
         x: Tensor,
         linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
-        *,
-        project: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Make Δ (…, i; before bias and softplus), B (…, n) and C (…, n) from x (…, i).
-
-        Without ``project`` instead of Δ what it is projected from (…, r).
-        """
+        """Make Δ (…, i; before bias and softplus), B (…, n) and C (…, n) from x (…, i)."""
         n = self.config.d_state
         selected = linear(x, self.x_proj.weight)
         if self.tensor is not None:
@@ -314,7 +307,7 @@ class Mamba1(Mixer):
             # In the activations' dtype: under autocast the norms' weights are float32.
             dt_r = self.dt_layernorm(dt_r).to(dt_r.dtype)
             B, C = self.b_layernorm(B).to(B.dtype), self.c_layernorm(C).to(C.dtype)
-        return linear(dt_r, self.dt_proj.weight) if project else dt_r, B, C
+        return linear(dt_r, self.dt_proj.weight), B, C
 
     def new_state(
         self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None

@@ -15,7 +15,6 @@ from mamba2lm.ops.selective_scan.op import selective_scan
 from mamba2lm.ops.ssd.carry import add_carried_outputs
 from mamba2lm.ops.ssd.op import ssd
 from mamba2lm.ops.state_update.op import (
-    projects_dt,
     selective_state_update,
     ssd_state_update,
     ssd_state_update_normed,
@@ -33,7 +32,6 @@ __all__ = [
     "gated_rms_norm_divided",
     "linear_cross_entropy",
     "linear_step",
-    "projects_dt",
     "rms_norm",
     "rms_norm_residual",
     "rotary_heads",

@@ -137,3 +137,23 @@ def test_several_tokens_at_once_are_one_after_the_other(tokenizer: Tokenizer) ->
             assert getattr(many, name) == getattr(one, name)
         ended.add(many.finish_reason)
     assert {"stop", "eos", "length"} <= ended
+
+
+def test_a_text_that_nobody_reads_is_decoded_at_its_end() -> None:
+    tokenizer = helpers.tokenizer()
+    ids = tokenizer.encode("She was — naïvely — at home.")
+    for stop, early in (([], False), ([" at"], True)):
+        rows = [
+            Row(tokenizer, max_new_tokens=100, stop=stop, grows=grows) for grows in (True, False)
+        ]
+        for row in rows:
+            row.extend(ids[:5])
+        assert rows[0].text
+        assert bool(rows[1].text) == early
+        for row in rows:
+            row.extend(ids[5:])
+            if row.finish_reason is None:
+                row.finish("length")
+        assert rows[0].text == rows[1].text
+        assert rows[0].news() == rows[1].news()
+        assert rows[0].news() == ("", 0, [])

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mamba2lm.inference import Engine, Event, Job, Request, SamplingConfig
 from mamba2lm.inference.batch import Flight
+from mamba2lm.inference.pace import Pace
 from mamba2lm.inference.request import EngineStats
 from mamba2lm.inference.rows import Rows
-from mamba2lm.inference.sampling import SamplingRows
+from mamba2lm.inference.sampling import Drawn, SamplingRows
 from mamba2lm.models import LanguageModel, ModelState
 from mamba2lm.schema import ConfigError
 from tests.inference import helpers
@@ -689,21 +690,31 @@ def test_a_late_host_looks_less_often_and_streams_go_by_the_devices_pace() -> No
         return launch(count)
 
     built.batch.launch = launched  # type: ignore[method-assign]
-    built._late = 0.0
+    built._pace.late = 0.0
     built.advance()
     # On a CPU nothing is left to wait for.
     for _ in range(4):
-        assert 0 < built._late < 0.5
+        assert 0 < built._pace.late < 0.5
         built.advance()
-    built._late = 0.6
+    built._pace.late = 0.6
     built.advance()
     assert strides == [8, 8, 8, 8, 8, 16]
     built.submit(Request(ids, GREEDY, 100, ignore_eos=True, stream=True))
-    built._step_seconds = 0.004
+    built._pace.step_seconds = 0.004
     built.advance()
     assert strides[-1] == 2
-    assert 0 < built._step_seconds < 0.5
+    assert 0 < built._pace.step_seconds < 0.5
     built.cancel(job)
+
+
+def test_processes_that_share_a_model_take_the_same_strides() -> None:
+    pace = Pace(16, steady=True)
+    flight = Flight([Drawn(torch.zeros(1), None, None, None)] * 2, [], began=0.0)
+    pace.heard(flight, 0.0)
+    assert pace.steps(100, streamed=True) == 8
+    pace = Pace(16)
+    pace.heard(flight, 0.0)
+    assert pace.steps(100, streamed=True) == 1  # it began long ago
 
 
 def test_a_reply_for_the_cache_is_not_read_beyond_its_end() -> None:

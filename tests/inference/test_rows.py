@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mamba2lm.inference.rows import Read, Rows
+from mamba2lm.inference.rows import Read, Rows, _runs
 from mamba2lm.models import ModelState
 from tests.inference import helpers
 
@@ -49,10 +49,9 @@ def test_rows_come_and_move_and_grow(pattern: str) -> None:
     rows = Rows.like(built.new_state(0), 2).reserved(built, 16)
     group, single = read(pattern, 3), read(pattern, 1, 5)
     with torch.inference_mode():
-        rows.put(0, Read(group, 2))
-        rows.put(1, Read(single))
+        rows.put(0, [Read(group, 2), Read(single)])
         rows = rows.grown(4)
-        rows.put(3, Read(group, 1))
+        rows.put(3, [Read(group, 1)])
         rows.move(3, 2, 9)
         rows.move(0, 3, 9)
     for row, (state, length) in enumerate(
@@ -60,6 +59,21 @@ def test_rows_come_and_move_and_grow(pattern: str) -> None:
     ):
         assert same(rows.taken(row, length), state)
         assert same(rows.state.row(row, length), state)
+
+
+@pytest.mark.parametrize("pattern", ["MSM", "MA"])
+def test_rows_that_lie_together_come_together(pattern: str) -> None:
+    built = helpers.model(pattern)
+    rows = Rows.like(built.new_state(0), 8).reserved(built, 16)
+    group, other = read(pattern, 4), read(pattern, 2, 6)
+    reads = [(group, 1), (group, 2), (group, 3), (other, 0), (other, 0), (group, 0), (other, 1)]
+    with torch.inference_mode():
+        rows.put(1, [Read(*each) for each in reads])
+    for row, (state, index) in enumerate(reads, 1):
+        length = 9 if state is group else 6
+        assert same(rows.taken(row, length), state.row(index, length))
+    assert list(_runs([Read(*each) for each in reads])) == [(0, 3), (3, 1), (4, 1), (5, 1), (6, 1)]
+    assert list(_runs([])) == []
 
 
 def test_a_row_of_many_is_copied_and_one_alone_is_not() -> None:
@@ -82,8 +96,8 @@ def test_groups_in_one_memory_are_copied_out() -> None:
         buffer.resized(2).fill(first)
         kept = buffer.resized(2).first(2)
         buffer.resized(4).fill(second)
-        batch.put(4, Read(kept, 1))
-        batch.put(0, Read(buffer, 3))
+        batch.put(4, [Read(kept, 1)])
+        batch.put(0, [Read(buffer, 3)])
     assert same(kept.state, first)
     assert same(Read(kept, 1).alone(), first.row(1, 9))
     assert same(buffer.state, second)

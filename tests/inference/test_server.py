@@ -419,6 +419,21 @@ def test_a_request_that_fails_disturbs_nobody() -> None:
         assert again.choices[0].text == text
 
 
+def test_only_streams_have_gaps_between_deliveries(served: Served) -> None:
+    gaps, firsts = "inter_token_seconds_count", "time_to_first_token_seconds_count"
+    counts = []
+    for stream in (None, False, True):
+        if stream is not None:
+            body = {"prompt": "She was", "max_tokens": 30, "ignore_eos": True, "stream": stream}
+            assert served.post("/v1/completions", json=body).status_code == 200
+        numbers = served.numbers()
+        counts.append((numbers[gaps], numbers[firsts]))
+    (before, first), (whole, second), (streamed, third) = counts
+    assert whole == before
+    assert streamed > before
+    assert [second - first, third - second] == [1, 1]
+
+
 def test_metrics_are_what_prometheus_reads(served: Served) -> None:
     served.client().completions.create(model="tiny", prompt="a", max_tokens=3)
     response = httpx.get(f"{served.url}/metrics")

@@ -26,7 +26,7 @@ def test_shapes_are_few_and_hold_what_they_are_for() -> None:
     assert WholePrompts(helpers.model("MM"), most=63, record=False).shapes == []
 
 
-@pytest.mark.parametrize("pattern", ["MM", "MSF", "WF"])
+@pytest.mark.parametrize("pattern", ["MM", "MSF"])
 def test_prompts_are_read_as_if_alone(pattern: str) -> None:
     built = helpers.model(pattern, dtype=torch.float64)
     whole = WholePrompts(built, most=512, record=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from mamba2lm.inference import Engine
@@ -47,3 +48,35 @@ def test_pieces_of_one_text_go_together_and_ends_do_not_wait() -> None:
     assert (whole.text, whole.tokens, whole.finish_reason) == ("abc", 3, None)
     assert (end.text, end.tokens, end.finish_reason) == ("xy", 2, "stop")
     assert len(calls) == 2
+
+
+def test_a_delivery_waits_until_the_last_one_is_written() -> None:
+    worker = Worker(Engine(helpers.model("MM"), helpers.tokenizer()), max_waiting=4)
+    seconds = 0.02
+
+    async def run() -> list[bool]:
+        worker._loop = asyncio.get_running_loop()
+        ticket, due = Ticket(), [worker._due()]
+
+        async def write() -> None:
+            await ticket.pieces.get()
+            time.sleep(seconds)
+
+        writing = asyncio.create_task(write())
+        await asyncio.sleep(0)
+        worker._say(ticket, piece("a"))
+        worker._flush()
+        due.append(worker._due())
+        await writing
+        await asyncio.sleep(0)
+        due.append(worker._due())
+        # What ends goes at once, and says nothing of how long a delivery to all takes.
+        worker._say(ticket, piece("b", "stop"))
+        worker._flush(only_ends=True)
+        await asyncio.sleep(0)
+        assert ticket.pieces.qsize() == 1
+        assert worker._writing_seconds >= seconds
+        worker._delivered_at -= 2 * worker._writing_seconds
+        return [*due, worker._due()]
+
+    assert asyncio.run(run()) == [True, False, False, True]

@@ -36,31 +36,13 @@ class Blocks:
     warps: int
 
 
-MOST_PROJECTED = 4
-"""Rows up to which a program may project Δ itself: each row reads the weight anew."""
-
-PROJECTS_DT = False
-"""Whether Mamba-1's state update projects Δ itself, where rows are few."""
-
 _override: Blocks | None = None
-_projects: bool | None = None
 
 
 def override_blocks(blocks: Blocks | None) -> None:
     """Use these for every call (tests and tuning); None undoes it."""
     global _override
     _override = blocks
-
-
-def projects(rows: int) -> bool:
-    """Return whether Mamba-1's state update projects Δ itself, for so many rows."""
-    return (PROJECTS_DT if _projects is None else _projects) and rows <= MOST_PROJECTED
-
-
-def override_projects(projects: bool | None) -> None:
-    """Let it, or not (tests and tuning); None undoes it."""
-    global _projects
-    _projects = projects
 
 
 def choose_blocks(elements: int, n: int) -> Blocks:
@@ -115,13 +97,11 @@ def state_step_triton(
     in_place: bool,
     early: bool,
     norm: Tensor | None = None,
-    dt_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run the kernel of the recurrence that the state belongs to.
 
     Args:
         state: (b, h, p, n) for Mamba-2, (b, d, n) for Mamba-1.
-        dt_weight: Of Mamba-1: what Δ is projected by, (d, r); ``dt`` is then (b, r).
         norm: Of Mamba-2: what y is multiplied by after its squares have been summed, (h·p,).
 
     Other Args: as ``ssd_state_update`` and ``selective_state_update``.
@@ -142,20 +122,15 @@ def state_step_triton(
     y = torch.empty(x.shape, dtype=x.dtype, device=device)
     if x.numel() == 0:
         return y, new, None if norm is None else y.new_zeros(x.shape[0], 1, dtype=torch.float32)
-    chain = chains(device, A, norm, dt_weight)
+    chain = chains(device, A, norm)
     A = A.contiguous()
     D, dt_bias = (None if t is None else t.contiguous() for t in (D, dt_bias))
     blocks = _override or choose_blocks(state.numel(), n)
     size = state.shape[-2]
     rows = min(blocks.rows, _power(size))
-    rank = 0
-    if dt_weight is not None:
-        dt_weight = dt_weight.contiguous()
-        # What a program holds of the weight is much more than of the state.
-        rank, rows = dt_weight.shape[1], min(rows, 16)
     low, high = dt_limit
     clamp = limit_binds(dt_softplus, low, high)
-    tensors = (state, x, dt, A, B, C, D, z, dt_bias, norm, dt_weight)
+    tensors = (state, x, dt, A, B, C, D, z, dt_bias, norm)
     options = (dt_softplus, clamp, A_is_log, in_place, early, chain)
     launch = Launches(device, "state_step", blocks, options, *map(signature, tensors))
     pointers = (
@@ -189,10 +164,8 @@ def state_step_triton(
             )  # fmt: skip
         else:
             launch(
-                _kernel("selective_step_kernel"), (per_head, batch, 1), *pointers[:11],
-                A if dt_weight is None else dt_weight, *pointers[11:],
+                _kernel("selective_step_kernel"), (per_head, batch, 1), *pointers,
                 size, low, high, warps=blocks.warps, chain=chain,
-                HAS_D=D is not None, **flags, RANK=rank, BLOCK_R=_power(max(rank, 1)),
-                N=n, BLOCK_D=rows, **ends,
+                HAS_D=D is not None, **flags, N=n, BLOCK_D=rows, **ends,
             )  # fmt: skip
     return y, new, squares

@@ -6,13 +6,12 @@ Letters: b batch, h heads, p head dim, g groups, d channels, n state.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mamba2lm.ops.discretisation import NO_LIMIT, check_limit, step_sizes
 from mamba2lm.ops.dispatch import Impl, choose_impl, expect_shape, state_dtype
 from mamba2lm.ops.skip_and_gate import skip_and_gate
-from mamba2lm.ops.state_update.launch import projects, state_step_triton, unsupported
+from mamba2lm.ops.state_update.launch import state_step_triton, unsupported
 from mamba2lm.ops.state_update.reference import selective_step, ssd_step
 
 
@@ -163,7 +162,6 @@ def selective_state_update(
     *,
     D: Tensor | None = None,
     z: Tensor | None = None,
-    dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = NO_LIMIT,
@@ -177,13 +175,12 @@ def selective_state_update(
     Args:
         state: State before the token, (b, d, n).
         x: Input, (b, d).
-        dt: Raw step size, (b, d); with ``dt_weight`` what it is projected from, (b, r).
+        dt: Raw step size, (b, d).
         A: Negative decay rates, (d, n).
         B: Input map, (b, n).
         C: Output map, (b, n).
         D: Skip weights, (d,).
         z: Gate, (b, d).
-        dt_weight: Projection of the step size, (d, r).
         dt_bias: Bias of the step size, (d,).
         dt_softplus: Whether softplus is applied to dt + dt_bias.
         dt_limit: Smallest and largest step size Δ, honoured here as in ``selective_scan``.
@@ -204,9 +201,7 @@ def selective_state_update(
     """
     sizes: dict[str, int] = {}
     expect_shape("x", x, "b d", sizes)
-    expect_shape("dt", dt, "b d" if dt_weight is None else "b r", sizes)
-    if dt_weight is not None:
-        expect_shape("dt_weight", dt_weight, "d r", sizes)
+    expect_shape("dt", dt, "b d", sizes)
     expect_shape("A", A, "d n", sizes)
     expect_shape("B", B, "b n", sizes)
     expect_shape("C", C, "b n", sizes)
@@ -217,17 +212,14 @@ def selective_state_update(
         expect_shape("z", z, "b d", sizes)
     if dt_bias is not None:
         expect_shape("dt_bias", dt_bias, "d", sizes)
-    reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias, dt_weight)
+    reason = unsupported(state, x, dt, A, B, C, D, z, dt_bias)
     if choose_impl("selective_state_update", impl, x, unsupported=reason) == "triton":
         check_limit(dt_limit)
         y, new, _ = state_step_triton(
-            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early,
-            dt_weight=dt_weight,
+            state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, A_is_log, in_place, early
         )  # fmt: skip
         return y, new
     dtype = state_dtype(x)
-    if dt_weight is not None:
-        dt = F.linear(dt, dt_weight)
     with torch.autocast(x.device.type, enabled=False):
         A = -torch.exp(A) if A_is_log else A
         delta_bd = step_sizes(dt, dt_bias=dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit)
@@ -236,16 +228,6 @@ def selective_state_update(
         )
         y_bd = skip_and_gate(y_bd.to(x.dtype), x, D, z)
     return y_bd, _kept(new_bdn, state, in_place)
-
-
-def projects_dt(x: Tensor, dt_weight: Tensor) -> bool:
-    """Return whether a step should leave Δ's projection to ``selective_state_update``.
-
-    Args:
-        x: Its inputs, (b, d).
-        dt_weight: (d, r).
-    """
-    return projects(x.shape[0]) and unsupported(x, x, dt_weight) is None
 
 
 def _kept(new: Tensor, state: Tensor, in_place: bool) -> Tensor:

@@ -98,18 +98,13 @@ def ssd_step_kernel(
 @triton.jit(do_not_specialize=["d_size"])
 def selective_step_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, y_ptr, new_ptr,
-    weight_ptr,
     state_b, x_b, dt_b, B_b, C_b, z_b, new_b, d_size, low, high,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOGARITHM: tl.constexpr,
-    RANK: tl.constexpr, BLOCK_R: tl.constexpr,
     N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     EARLY: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Advance ``BLOCK_D`` channels of a row.
-
-    With ``RANK`` numbers a row in place of Δ each program projects its own channels' from them.
-    """
+    """Advance ``BLOCK_D`` channels of a row."""
     b = tl.cast(tl.program_id(1), tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
@@ -120,18 +115,10 @@ def selective_step_kernel(
     if EARLY:
         state = tl.load(state_ptrs, mask=inside, other=0.0).to(tl.float32)
     A = rate(tl.load(A_ptr + place, mask=inside, other=0.0), LOGARITHM)
-    if RANK > 0:
-        r = tl.arange(0, BLOCK_R)
-        weight_ptrs = weight_ptr + d[:, None] * RANK + r[None, :]
-        weight = tl.load(weight_ptrs, mask=real_d[:, None] & (r < RANK)[None, :], other=0.0)
     wait_for_previous(CHAIN)
     if not EARLY:
         state = tl.load(state_ptrs, mask=inside, other=0.0).to(tl.float32)
-    if RANK > 0:
-        low_rank = tl.load(dt_ptr + b * dt_b + r, mask=r < RANK, other=0.0).to(tl.float32)
-        dt = tl.sum(weight.to(tl.float32) * low_rank[None, :], axis=1)
-    else:
-        dt = tl.load(dt_ptr + b * dt_b + d, mask=real_d, other=0.0).to(tl.float32)
+    dt = tl.load(dt_ptr + b * dt_b + d, mask=real_d, other=0.0).to(tl.float32)
     if HAS_BIAS:
         dt += tl.load(bias_ptr + d, mask=real_d, other=0.0).to(tl.float32)
     step = step_size(dt, low, high, SOFTPLUS, CLAMP)
