@@ -501,7 +501,11 @@ class Engine:
                 # A state that has read beyond the end is of no use.
                 taken = count + (row.ended_by is not None)
                 if taken == flight.steps and not self._flights:
-                    self._keep_state(job, index, places[slot])
+                    try:
+                        self._keep_state(job, index, places[slot])
+                    except torch.OutOfMemoryError as error:
+                        failed[job] = error
+                        continue
                 leaving.append(places[slot])
             if job.request.stream or row.finish_reason is not None or not row.told:
                 self._tell(job, index)
@@ -520,13 +524,22 @@ class Engine:
         cached = request.cache_reply and request.state is None and self.cache.budget
         if index or not (request.keep_state or cached):
             return
-        state = self.batch.state_of(i)
+        # Whatever ended the text was drawn last and has not been read.
+        drawn = row.token_ids if row.ended_by is not None else row.token_ids[:-1]
+        ids = [*request.prompt_ids, *drawn]
+        if not request.keep_state and self.batch.slots[i].tokens != len(ids):
+            return  # cancelled after steps that nobody has looked at yet: it has read too far
+        try:
+            state = self.batch.state_of(i)
+        except torch.OutOfMemoryError as error:
+            if request.keep_state:
+                raise
+            log.warning("there is no memory to cache a reply's state in: %s", error)
+            return
         if request.keep_state:
             job.state = state
         if cached:
-            # Whatever ended the text was drawn last and has not been read.
-            drawn = row.token_ids if row.ended_by is not None else row.token_ids[:-1]
-            self.cache.put([*request.prompt_ids, *drawn], state)
+            self.cache.put(ids, state)
 
     def _tell(self, job: Job, index: int) -> None:
         """Let whoever listens hear what is new of a continuation since the last time."""

@@ -129,6 +129,9 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen)
+        if chosen.type == "cuda" and chosen.index is not None:
+            # Streams, events and graphs are the current device's.
+            torch.cuda.set_device(chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(

@@ -9,6 +9,7 @@ Axes: b batch row, l length, v vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 
@@ -22,6 +23,8 @@ from mamba2lm.inference.sampling import sent
 from mamba2lm.inference.state_cache import StateCache
 from mamba2lm.inference.whole_prompts import WholePrompts
 from mamba2lm.models import LanguageModel, ModelState
+
+log = logging.getLogger(__name__)
 
 # Prompts being read from which on unequal ones are read together, where that pays.
 _CROWD = 4
@@ -68,7 +71,7 @@ class Prefill:
         # What stands before a shorter prompt would stay in an attention cache.
         if all(block.mixer.constant_state for block in model.blocks):
             self._whole = WholePrompts(model, most=chunk, record=graphs and self._together)
-        self._passes = 0
+        self._passes = 1
 
     def add(self, job: Job) -> None:
         """Take a job, from where the cache knows its prompt."""
@@ -96,7 +99,6 @@ class Prefill:
             others: list[Job] = []
             for job in self.jobs:
                 (whole if self._takes_whole(job) else others).append(job)
-            self._passes += 1
             length: int | None = None
             if whole and (not others or self._passes % 4):
                 group, tokens = self._whole_prompts(whole, budget)
@@ -104,7 +106,8 @@ class Prefill:
                 group, length = self._next_group(others, budget)
                 tokens = length * len(group)
             if not group or tokens > budget:
-                break
+                break  # whose turn it is keeps it, and has the next budget
+            self._passes += 1
             budget -= tokens
             for job in group:
                 self.jobs.remove(job)
@@ -190,12 +193,20 @@ class Prefill:
             job.position += read
             self._stats.prompt_tokens += read
             if job.request.state is None and job.position in job.cuts and self._cache.budget:
-                assert job.read is not None
-                ids = job.request.prompt_ids[: job.position]
-                # Copies: as views they would hold on to the others of the group.
-                logits_v = job.logits_v.clone() if job.logits_v is not None else None
-                self._cache.put(ids, job.read.alone(), logits_v)
+                self._remember(job)
         return group
+
+    def _remember(self, job: Job) -> None:
+        """Put what has been read of a prompt in the cache, if there is memory."""
+        assert job.read is not None
+        try:
+            # Copies: as views they would hold on to the others of the group.
+            logits_v = job.logits_v.clone() if job.logits_v is not None else None
+            state = job.read.alone()
+        except torch.OutOfMemoryError as error:
+            log.warning("there is no memory to cache a prompt's state in: %s", error)
+            return
+        self._cache.put(job.request.prompt_ids[: job.position], state, logits_v)
 
     def _read_whole(self, group: list[Job]) -> None:
         assert self._whole is not None
@@ -215,16 +226,19 @@ class Prefill:
         output = self._model(ids_bl, state=state, last_only=not scored)
         assert output.logits is not None
         assert output.state is not None
+        found: list[tuple[list[TokenLogprob], Tensor | None]] = []
         for i, job in enumerate(group):
             last = job.position + length == len(job.request.prompt_ids)
-            if job.request.prompt_logprobs:
-                self._score(job, output.logits[i], last)
-            job.read = Read(output.state, i)
+            scores = self._scores(job, output.logits[i]) if job.request.prompt_logprobs else []
             # A copy: a view would hold on to the logits of the whole chunk.
-            job.logits_v = output.logits[i, -1].clone() if last else None
+            found.append((scores, output.logits[i, -1].clone() if last else None))
+        # All or none, as after an error each reads its chunk again, from where it was.
+        for i, (job, (scores, logits_v)) in enumerate(zip(group, found, strict=True)):
+            job.prompt_logprobs += scores
+            job.read, job.logits_v = Read(output.state, i), logits_v
 
-    def _score(self, job: Job, logits_lv: Tensor, last: bool) -> None:
-        """Note the log-probabilities that a chunk's logits give the tokens after it."""
+    def _scores(self, job: Job, logits_lv: Tensor) -> list[TokenLogprob]:
+        """Return the log-probabilities that a chunk's logits give the tokens after it."""
         start = job.position + 1
         following = job.request.prompt_ids[start : start + logits_lv.shape[0]]
         logprob_lv = logits_lv[: len(following)].log_softmax(dim=-1)
@@ -233,6 +247,7 @@ class Prefill:
         chosen = logprob_lv.gather(1, index_l1)[:, 0].tolist() if following else []
         top = logprob_lv.topk(min(count, logprob_lv.shape[1]), dim=-1)
         tops = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        for token, logprob, (ids, values) in zip(following, chosen, tops, strict=True):
-            pairs = list(zip(ids, values, strict=True))
-            job.prompt_logprobs.append(TokenLogprob(token, logprob, pairs))
+        return [
+            TokenLogprob(token, logprob, list(zip(ids, values, strict=True)))
+            for token, logprob, (ids, values) in zip(following, chosen, tops, strict=True)
+        ]

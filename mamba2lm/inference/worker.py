@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from mamba2lm.inference.decoding import FinishReason, TokenLogprob
 from mamba2lm.inference.engine import Engine
 from mamba2lm.inference.request import Event, Job, Request
@@ -30,6 +32,8 @@ _EVICTED_REMEMBERED = 10_000
 # the last one: it leaves the interpreter to the engine's thread for most of the time.
 _PIECE_SECONDS = 3e-4
 _PAUSES = 2.0
+# Whatever held the loop up was not always writing: streams must not pay for it once more.
+_LONGEST_PAUSE = 0.5
 
 
 class BusyError(Exception):
@@ -203,6 +207,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            if self.engine.device.type == "cuda":
+                # Each thread has a current device of its own, at first cuda:0.
+                torch.cuda.set_device(self.engine.device)
             self._work()
             for ticket in list(self._tickets):
                 self._end(ticket)
@@ -232,7 +239,8 @@ class Worker:
 
     def _due(self) -> bool:
         """Return whether it is time for the next delivery, and the last one has been written."""
-        pause = max(len(self.engine.batch) * _PIECE_SECONDS, _PAUSES * self._writing_seconds)
+        writing = min(_PAUSES * self._writing_seconds, _LONGEST_PAUSE)
+        pause = max(len(self.engine.batch) * _PIECE_SECONDS, writing)
         waited = time.perf_counter() - self._delivered_at
         return waited >= pause and self._written == self._deliveries
 

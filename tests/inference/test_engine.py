@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mamba2lm.inference import Engine, Event, Job, Request, SamplingConfig
 from mamba2lm.inference.batch import Flight
+from mamba2lm.inference.decoding import TokenLogprob
 from mamba2lm.inference.pace import Pace
 from mamba2lm.inference.request import EngineStats
-from mamba2lm.inference.rows import Rows
+from mamba2lm.inference.rows import Read, Rows
 from mamba2lm.inference.sampling import Drawn, SamplingRows
 from mamba2lm.models import LanguageModel, ModelState
 from mamba2lm.schema import ConfigError
@@ -750,3 +751,105 @@ def test_misuse_is_refused() -> None:
             Engine(built.model, built.tokenizer, **{key: value})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^state_dtype='bfloat': .*Did you mean 'bfloat16'"):
         engine("MM", state_dtype="bfloat")
+
+
+def test_a_cancelled_reply_that_was_read_too_far_is_not_cached() -> None:
+    built = engine("MM", sync_every=4, max_rows=12, state_cache_bytes=1 << 20)
+    built._overlap = True
+    prompts = random_ids(*range(10, 20))
+    jobs = [
+        built.submit(Request(ids, GREEDY, 40, ignore_eos=True, cache_reply=True)) for ids in prompts
+    ]
+    for _ in range(3):
+        built.advance()
+    assert built._flights  # steps whose tokens are not known
+    gone = jobs[3]
+    built.cancel(gone)
+    (drawn,) = tokens_of(gone)
+    assert 0 < len(drawn) < 40
+    following = [*prompts[3], *drawn[:-1], 7, 8]
+    built.run(jobs)
+    again = alone(built, Request(following, GREEDY, 12, ignore_eos=True))
+    assert again.cached_tokens == len(prompts[3])
+    fresh = alone(engine("MM"), Request(following, GREEDY, 12, ignore_eos=True))
+    assert tokens_of(again) == tokens_of(fresh)
+
+
+def test_short_prompts_that_keep_coming_do_not_starve_a_long_one() -> None:
+    built = engine("MM", dtype=torch.float64, chunk=256, max_rows=8)
+    built._prefill._together = True
+    long = built.submit(Request(random_ids(600)[0], GREEDY, 1))
+    rounds = 0
+    while not long.done and rounds < 40:
+        # Each fills a round's tokens: no other prompt fits beside it.
+        built.submit(Request(random_ids(200, seed=rounds)[0], GREEDY, 1))
+        built.advance()
+        rounds += 1
+    assert rounds == 12  # three chunks, every fourth pass
+    built.run([long])
+
+
+def out_of_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_no_memory_for_a_cached_state_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = engine("MM", state_cache_bytes=1 << 20)
+    request = Request(random_ids(12)[0], GREEDY, 5, ignore_eos=True, cache_reply=True)
+    expected = tokens_of(alone(engine("MM"), request))
+    monkeypatch.setattr(Read, "alone", out_of_memory)
+    monkeypatch.setattr(built.batch, "state_of", out_of_memory)
+    job = alone(built, request)
+    assert tokens_of(job) == expected
+    assert len(built.cache) == 0
+    assert "there is no memory to cache a prompt's state in" in caplog.text
+    assert "there is no memory to cache a reply's state in" in caplog.text
+
+
+def test_no_memory_for_a_state_that_was_asked_for_fails_that_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = engine("MM")
+    ids, others = random_ids(12, 9)
+    kept = built.submit(Request(ids, GREEDY, 3, ignore_eos=True, keep_state=True))
+    other = built.submit(Request(others, GREEDY, 8, ignore_eos=True))
+    monkeypatch.setattr(built.batch, "state_of", out_of_memory)
+    built.run([kept, other])
+    assert isinstance(kept.error, torch.OutOfMemoryError)
+    assert kept.state is None
+    assert tokens_of(other) == tokens_of(
+        alone(engine("MM"), Request(others, GREEDY, 8, ignore_eos=True))
+    )
+    assert built.idle
+
+
+def test_a_chunk_that_fails_for_one_is_read_anew_from_where_each_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = engine("MM", dtype=torch.float64)
+    built._prefill._together = True
+    requests = [
+        Request(ids, GREEDY, 4, ignore_eos=True, logprobs=0, prompt_logprobs=True)
+        for ids in random_ids(20, 20)
+    ]
+    expected = [alone(engine("MM", dtype=torch.float64), request) for request in requests]
+    jobs = [built.submit(request) for request in requests]
+    score, failed = built._prefill._scores, [jobs[1]]
+
+    def failing(job: Job, logits_lv: Tensor) -> list[TokenLogprob]:
+        if job in failed:
+            failed.remove(job)
+            out_of_memory()
+        return score(job, logits_lv)
+
+    monkeypatch.setattr(built._prefill, "_scores", failing)
+    built.run(jobs)
+    assert not failed
+    for mine, theirs in zip(jobs, expected, strict=True):
+        assert tokens_of(mine) == tokens_of(theirs)
+        assert [t.token_id for t in mine.prompt_logprobs] == mine.request.prompt_ids[1:]
+        assert [t.logprob for t in mine.prompt_logprobs] == pytest.approx(
+            [t.logprob for t in theirs.prompt_logprobs]
+        )

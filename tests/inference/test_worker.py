@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from typing import Any
+
+import pytest
+import torch
 
 from mamba2lm.inference import Engine
 from mamba2lm.inference.decoding import FinishReason
@@ -80,3 +84,31 @@ def test_a_delivery_waits_until_the_last_one_is_written() -> None:
         return [*due, worker._due()]
 
     assert asyncio.run(run()) == [True, False, False, True]
+
+
+def test_a_loop_that_was_held_up_does_not_hold_streams_up_once_more() -> None:
+    worker = Worker(Engine(helpers.model("MM"), helpers.tokenizer()), max_waiting=4)
+    worker._writing_seconds = 60.0
+    worker._delivered_at = time.perf_counter() - 0.2
+    assert not worker._due()
+    worker._delivered_at -= 0.4
+    assert worker._due()
+
+
+def test_the_thread_computes_on_the_models_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(Engine(helpers.model("MM"), helpers.tokenizer()), max_waiting=4)
+    chosen: list[tuple[torch.device, str]] = []
+
+    def choose(device: torch.device) -> None:
+        chosen.append((device, threading.current_thread().name))
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    monkeypatch.setattr(Engine, "device", torch.device("cuda", 1))
+
+    async def run() -> None:
+        worker.start()
+        worker.stop()
+        await asyncio.to_thread(worker.join)
+
+    asyncio.run(run())
+    assert chosen == [(torch.device("cuda", 1), "engine")]
