@@ -333,7 +333,10 @@ class Engine:
             if row.finish_reason is None:
                 row.finish("interrupted")
                 if index in running:
-                    self._keep_state(job, index, running[index])
+                    try:
+                        self._keep_state(job, index, running[index])
+                    except torch.OutOfMemoryError as error:
+                        job.error = error
                 self._tell(job, index)
         self.batch.leave(running.values())
 

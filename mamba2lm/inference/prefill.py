@@ -182,6 +182,12 @@ class Prefill:
             else:
                 self._read_chunk(group, length)
         except Exception as error:
+            if length is None and isinstance(error, torch.OutOfMemoryError):
+                # What whole prompts are read with has room for many rows; one takes less.
+                log.warning("there is no memory to read whole prompts together in: %s", error)
+                lengths = [len(job.request.prompt_ids) for job in group]
+                alone = [self._read([job], n) for job, n in zip(group, lengths, strict=True)]
+                return [job for found in alone for job in found]
             if len(group) == 1:
                 self._fail(group[0], error)
                 return []

@@ -823,6 +823,12 @@ def test_no_memory_for_a_state_that_was_asked_for_fails_that_request(
         alone(engine("MM"), Request(others, GREEDY, 8, ignore_eos=True))
     )
     assert built.idle
+    cancelled = built.submit(Request(ids, GREEDY, 30, ignore_eos=True, keep_state=True))
+    while not cancelled.rows[0].token_ids:
+        built.advance()
+    built.cancel(cancelled)
+    assert isinstance(cancelled.error, torch.OutOfMemoryError)
+    assert built.idle
 
 
 def test_a_chunk_that_fails_for_one_is_read_anew_from_where_each_was(
@@ -853,3 +859,19 @@ def test_a_chunk_that_fails_for_one_is_read_anew_from_where_each_was(
         assert [t.logprob for t in mine.prompt_logprobs] == pytest.approx(
             [t.logprob for t in theirs.prompt_logprobs]
         )
+
+
+def test_no_memory_to_read_prompts_together_leaves_each_to_be_read_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    built = engine("MM", dtype=torch.float64)
+    built._prefill._together = True
+    assert built._prefill._whole is not None
+    monkeypatch.setattr(built._prefill._whole, "_make_room", out_of_memory)
+    requests = [Request(ids, GREEDY, 4, ignore_eos=True) for ids in random_ids(20, 31, 70)]
+    jobs = [built.submit(request) for request in requests]
+    built.run(jobs)
+    for job, request in zip(jobs, requests, strict=True):
+        expected = alone(engine("MM", dtype=torch.float64), request)
+        assert tokens_of(job) == tokens_of(expected)
+    assert built.stats.prompt_tokens == 20 + 31 + 70
