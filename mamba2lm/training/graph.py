@@ -288,8 +288,8 @@ class StepGraphs:
         try:
             with fixed(self._room(inputs)), self._recorder.rehearsal():
                 return work(moved)
-        except WaitsError as error:
-            self._give_up(error)
+        except (WaitsError, torch.OutOfMemoryError) as error:
+            self._give_up(error)  # room for more documents may be what there is no memory for
         for parameter in self._parameters:
             parameter.grad = None
         return work(moved)
