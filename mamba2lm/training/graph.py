@@ -274,6 +274,9 @@ class StepGraphs:
         if found is not None and not found.holds(inputs):
             self.forget()
             found = None
+            for parameter in self._parameters:
+                if parameter.grad is not None:  # it would keep the memory around it from the others
+                    parameter.grad = parameter.grad.clone()
         if found is None and (first or True in self._recorded):
             try:
                 found = self._record(work, inputs, first)

@@ -305,6 +305,29 @@ def test_a_rehearsal_that_finds_no_memory_is_run_again_as_it_is(
         strict.run(ours.learn, draw(2, seed=3), first=True)
 
 
+def test_gradients_leave_the_memory_of_passes_that_are_forgotten_within_a_step() -> None:
+    plain, ours = Sums(), Sums()
+    stand_in = StandIn(ours.parameters)
+    graphs = StepGraphs(ours.parameters, torch.device("cpu"), stand_in)
+    recorded: list[Tensor] = []
+    for step, documents in enumerate([[2, 2]] * (WARM_UP + 2) + [[2, 9, 2], [2, 9]]):
+        ours.drop()
+        plain.drop()
+        for i, count in enumerate(documents):
+            inputs = draw(2, seed=10 * step + i, documents=count)
+            found = graphs.run(ours.learn, dict(inputs), first=i == 0)
+            assert torch.equal(found["loss"], plain.learn(inputs)["loss"])
+            if count == 9 and stand_in.recorded == 2:
+                old = {gradient.data_ptr() for gradient in recorded}
+                assert not old & {gradient.data_ptr() for gradient in ours.gradients()}
+        for mine, theirs in zip(ours.gradients(), plain.gradients(), strict=True):
+            assert torch.equal(mine, theirs), (step, documents)
+        recorded = ours.gradients()
+    # The first of three was replayed before there were more documents, the other two were not.
+    assert (stand_in.recorded, stand_in.forgotten) == (4, 1)
+    assert stand_in.replayed == 2 * 2 + 1 + 2
+
+
 def test_bounds_of_a_fixed_number_end_in_empty_documents() -> None:
     ids = torch.tensor([[7, 7, 2, 7], [0, 0, 0, 0], [0, 1, 1, 1]])
     with fixed(9) as held:
