@@ -274,6 +274,9 @@ class StepGraphs:
         if found is not None and not found.holds(inputs):
             self.forget()
             found = None
+            for parameter in self._parameters:
+                if parameter.grad is not None:  # it would keep the memory around it from the others
+                    parameter.grad = parameter.grad.clone()
         if found is None and (first or True in self._recorded):
             try:
                 found = self._record(work, inputs, first)
@@ -288,8 +291,8 @@ class StepGraphs:
         try:
             with fixed(self._room(inputs)), self._recorder.rehearsal():
                 return work(moved)
-        except WaitsError as error:
-            self._give_up(error)
+        except (WaitsError, torch.OutOfMemoryError) as error:
+            self._give_up(error)  # room for more documents may be what there is no memory for
         for parameter in self._parameters:
             parameter.grad = None
         return work(moved)

@@ -32,7 +32,9 @@ class StandIn:
                 values, which that for GPUs does not.
         """
         self.parameters = list(parameters)
-        self.rehearsal = contextlib.nullcontext if waits else lambda: NoWaiting(torch.device("cpu"))
+        self.rehearsal: Callable[[], contextlib.AbstractContextManager[Any]] = (
+            contextlib.nullcontext if waits else lambda: NoWaiting(torch.device("cpu"))
+        )
         self.recorded = self.replayed = self.forgotten = 0
 
     def record(self, work: Callable[[], Tensors]) -> tuple[Callable[[], None], Tensors]:

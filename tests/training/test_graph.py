@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,62 @@ def test_more_documents_than_recorded_are_recorded_anew() -> None:
             assert torch.equal(mine, theirs), (step, documents)
     # Room for 8 documents, then for 32.
     assert (stand_in.recorded, stand_in.forgotten) == (4, 1)
+
+
+def test_a_rehearsal_that_finds_no_memory_is_run_again_as_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Room for more documents than there are may be what there is no memory for."""
+
+    @contextlib.contextmanager
+    def short_of_memory() -> Iterator[None]:
+        yield
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has")
+
+    plain, ours = Sums(), Sums()
+    stand_in = StandIn(ours.parameters)
+    stand_in.rehearsal = short_of_memory
+    device = torch.device("cpu")
+    graphs = StepGraphs(ours.parameters, device, stand_in, strict=False)
+    for step in range(WARM_UP + 2):
+        ours.drop()
+        plain.drop()
+        inputs = draw(2, seed=step, documents=5)
+        found = graphs.run(ours.learn, dict(inputs), first=True)
+        assert torch.equal(found["loss"], plain.learn(inputs)["loss"])
+        for mine, theirs in zip(ours.gradients(), plain.gradients(), strict=True):
+            assert torch.equal(mine, theirs), step
+    assert (stand_in.recorded, stand_in.replayed) == (0, 0)
+    assert caplog.text.count("launch by launch: CUDA out of memory. Tried to allocate 2 GiB.") == 1
+
+    strict = StepGraphs(ours.parameters, device, stand_in)
+    strict.run(ours.learn, draw(2, seed=1), first=True)
+    strict.run(ours.learn, draw(2, seed=2), first=True)
+    with pytest.raises(ConfigError, match=r"^training\.cuda_graph=True: .*CUDA out of memory"):
+        strict.run(ours.learn, draw(2, seed=3), first=True)
+
+
+def test_gradients_leave_the_memory_of_passes_that_are_forgotten_within_a_step() -> None:
+    plain, ours = Sums(), Sums()
+    stand_in = StandIn(ours.parameters)
+    graphs = StepGraphs(ours.parameters, torch.device("cpu"), stand_in)
+    recorded: list[Tensor] = []
+    for step, documents in enumerate([[2, 2]] * (WARM_UP + 2) + [[2, 9, 2], [2, 9]]):
+        ours.drop()
+        plain.drop()
+        for i, count in enumerate(documents):
+            inputs = draw(2, seed=10 * step + i, documents=count)
+            found = graphs.run(ours.learn, dict(inputs), first=i == 0)
+            assert torch.equal(found["loss"], plain.learn(inputs)["loss"])
+            if count == 9 and stand_in.recorded == 2:
+                old = {gradient.data_ptr() for gradient in recorded}
+                assert not old & {gradient.data_ptr() for gradient in ours.gradients()}
+        for mine, theirs in zip(ours.gradients(), plain.gradients(), strict=True):
+            assert torch.equal(mine, theirs), (step, documents)
+        recorded = ours.gradients()
+    # The first of three was replayed before there were more documents, the other two were not.
+    assert (stand_in.recorded, stand_in.forgotten) == (4, 1)
+    assert stand_in.replayed == 2 * 2 + 1 + 2
 
 
 def test_bounds_of_a_fixed_number_end_in_empty_documents() -> None:
