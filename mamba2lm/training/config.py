@@ -36,8 +36,8 @@ class TrainingConfig:
     cuda_graph: bool | None = None
     """Record forward and backward pass, after three steps, as a CUDA graph that one launch starts:
     for a host that launches kernels later than the GPU needs them. What a pass uses stays taken
-    between steps. For one process, or those of parallel.tensor alone; null: for one process on a
-    GPU, where nothing speaks against it."""
+    between steps. For one process, or those of parallel.tensor alone; null: for one process on
+    an NVIDIA GPU, where nothing speaks against it."""
     threads: int | None = None
     """CPU threads per process; null lets torch choose."""
     log_every: int = 10

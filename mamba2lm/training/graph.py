@@ -367,7 +367,8 @@ def step_graphs(
     reason = _reason_against(config, mesh, device)
     if config.cuda_graph and reason is not None:
         raise ConfigError("training.cuda_graph", True, reason)
-    if config.cuda_graph is None and mesh.degrees.processes > 1:
+    # Recording has run on NVIDIA's GPUs alone: elsewhere only who asks for it gets it.
+    if config.cuda_graph is None and (mesh.degrees.processes > 1 or torch.version.hip is not None):
         return None
     if reason is not None:
         if device.type == "cuda":
