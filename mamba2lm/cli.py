@@ -154,6 +154,8 @@ def explain(error: Exception, schema: type) -> str:
         reasons[0] = reasons[0].splitlines()[0].rstrip(".") + "."
     first = " ".join(line.strip() for line in reasons[0].splitlines() if line.strip())
     first = re.sub(r"\s*(full_key|object_type|reference_type)[:=]\s*\S+", "", first)
+    if "is not a valid bool" in first:
+        first = "use true or false."
     if len(reasons) > 1 and not key:
         first += " " + " ".join(reasons[1].split())
     return f"{key}={value!r}: {first}" if key and value is not None else first

@@ -65,6 +65,8 @@ MISTAKES = {
     "negative rate": (["optimizer.learning_rate=-1"], ["optimizer.learning_rate=-1",
                       "must be positive"]),
     "impossible schedule": (["schedule.min_ratio=2"], ["schedule.min_ratio=2", "[0, 1]"]),
+    "neither true nor false": (["training.cuda_graph=maybe"], ["training.cuda_graph='maybe'",
+                               "use true or false"]),
     "no steps": (["training.max_steps=0"], ["training.max_steps=0", "≥ 1"]),
 }  # fmt: skip
 

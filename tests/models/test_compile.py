@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba2lm.models import LanguageModel
 from mamba2lm.models.language_model import Block
@@ -25,24 +25,22 @@ def loss_and_gradients(model: LanguageModel, ids: Tensor) -> list[Tensor]:
 )
 def test_compiled_blocks_compute_the_same(pattern: str, whole: bool) -> None:
     model = tiny_model(pattern)
-    ids = torch.randint(257, (2, 17), generator=torch.Generator().manual_seed(0))
-    expected = loss_and_gradients(model, ids)
-    try:
-        for block in model.blocks:
-            block.compile(backend="aot_eager", fullgraph=whole)
-        found = loss_and_gradients(model, ids)
-    finally:
-        torch._dynamo.reset()
-    for ours, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, wanted)
+    assert_compiled_is_the_same(model, list(model.blocks), whole=whole)
 
 
 def test_a_whole_compiled_model_computes_the_same() -> None:
     model = tiny_model("AF")
+    assert_compiled_is_the_same(model, [model], whole=True)
+
+
+def assert_compiled_is_the_same(
+    model: LanguageModel, parts: list[nn.Module], *, whole: bool
+) -> None:
     ids = torch.randint(257, (2, 17), generator=torch.Generator().manual_seed(0))
     expected = loss_and_gradients(model, ids)
     try:
-        model.compile(backend="aot_eager", fullgraph=True)
+        for part in parts:
+            part.compile(backend="aot_eager", fullgraph=whole)
         found = loss_and_gradients(model, ids)
     finally:
         torch._dynamo.reset()

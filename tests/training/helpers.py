@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,19 @@ def text_file(folder: Path, words: int = 6000) -> Path:
     file = folder / "prose.txt"
     if not file.exists():
         file.write_text(prose(0, words), encoding="utf-8")
+    return file
+
+
+def documents_file(folder: Path, sizes: Iterable[int]) -> Path:
+    """Cut the prose into documents of so many characters; return their file."""
+    text = text_file(folder).read_text(encoding="utf-8")
+    file = folder / "documents.jsonl"
+    if not file.exists():
+        parts, at = [], 0
+        for size in sizes:
+            parts.append(text[at : at + size])
+            at += size
+        file.write_text("".join(f'{{"text": {part!r}}}\n'.replace("'", '"') for part in parts))
     return file
 
 

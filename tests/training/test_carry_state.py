@@ -22,6 +22,7 @@ from mamba2lm.training.objective import Gradient
 from mamba2lm.training.optimizer import OptimizerConfig
 from mamba2lm.training.trainer import Trainer
 from tests.training.helpers import (
+    documents_file,
     finish,
     make_trainer,
     start,
@@ -36,15 +37,8 @@ ROWS = 4
 
 def corpus(folder: Path, *, reset: bool = True, streams: int | None = ROWS) -> Corpus:
     """Return prose in documents of unequal length, as bytes, in windows of 32."""
-    text = text_file(folder).read_text(encoding="utf-8")
-    file = folder / "documents.jsonl"
-    if not file.exists():
-        parts, at = [], 0
-        # Some documents begin with a window, some within one, some span many.
-        for size in (*(95, 63, 159) * 6, 700, 90, 33, 1200):
-            parts.append(text[at : at + size])
-            at += size
-        file.write_text("".join(f'{{"text": {part!r}}}\n'.replace("'", '"') for part in parts))
+    # Some documents begin with a window, some within one, some span many.
+    file = documents_file(folder, (*(95, 63, 159) * 6, 700, 90, 33, 1200))
     config = DataConfig(
         sources=[str(file)],
         tokenizer=TokenizerConfig(kind=TokenizerKind.bytes),

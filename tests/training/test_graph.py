@@ -33,7 +33,7 @@ from mamba2lm.training.optimizer import AdamWImpl, OptimizerConfig, OptimizerKin
 from mamba2lm.training.precision import Precision
 from tests.distributed.launch import run_on, torchrun
 from tests.processes import ROOT
-from tests.training.helpers import make_trainer, text_file, tiny_config, tiny_model
+from tests.training.helpers import documents_file, make_trainer, tiny_config, tiny_model
 from tests.training.recording import StandIn, stand_ins
 from tests.training.test_resume import assert_same_checkpoint, curve, sigterm_at, step_folder
 
@@ -44,14 +44,7 @@ def corpus(
     folder: Path, *, packed: bool = True, length: int = 32, streams: int | None = None
 ) -> Corpus:
     """Return prose as bytes: documents of unequal length in windows, or text without ends."""
-    text = text_file(folder).read_text(encoding="utf-8")
-    file = folder / "documents.jsonl"
-    if not file.exists():
-        parts, at = [], 0
-        for size in (*(15, 63, 159, 40) * 20, 700, 90, 33, 9, 1200):
-            parts.append(text[at : at + size])
-            at += size
-        file.write_text("".join(f'{{"text": {part!r}}}\n'.replace("'", '"') for part in parts))
+    file = documents_file(folder, (*(15, 63, 159, 40) * 20, 700, 90, 33, 9, 1200))
     config = DataConfig(
         sources=[str(file)],
         tokenizer=TokenizerConfig(kind=TokenizerKind.bytes),
@@ -513,11 +506,10 @@ def test_a_gpu_carries_states_from_replay_to_replay(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-@pytest.mark.gpu
-def test_a_gpu_writes_samples_by_graphs_of_its_own_between_replays(tmp_path: Path) -> None:
-    data = corpus(tmp_path)
-    assert data.tokenizer is not None
+def writes(data: Corpus) -> Callable[[LanguageModel], str]:
+    """Return what has a model write a few words, by an engine of its own."""
     tokenizer = data.tokenizer
+    assert tokenizer is not None
 
     def write(model: LanguageModel) -> str:
         [completion] = Engine(model, tokenizer).generate(
@@ -525,8 +517,15 @@ def test_a_gpu_writes_samples_by_graphs_of_its_own_between_replays(tmp_path: Pat
         )
         return completion.text
 
+    return write
+
+
+@pytest.mark.gpu
+def test_a_gpu_writes_samples_by_graphs_of_its_own_between_replays(tmp_path: Path) -> None:
+    data = corpus(tmp_path)
     settings: dict[str, Any] = {
-        "write_sample": write, "sample_every": 1, "precision": Precision.bf16, "dropout": 0.1,
+        "write_sample": writes(data), "sample_every": 1, "precision": Precision.bf16,
+        "dropout": 0.1,
     }  # fmt: skip
     whole = on_gpu(tmp_path, "launched", "M", data, **settings)
     replayed = on_gpu(tmp_path, "replayed", "M", data, cuda_graph=True, **settings)
@@ -541,17 +540,9 @@ def whole_run(
 ) -> Path:
     """Train with validation, samples, checkpoints, perhaps a stop, and odd batches at the end."""
     data = corpus(folder)
-    assert data.tokenizer is not None
-    tokenizer = data.tokenizer
-
-    def write(model: LanguageModel) -> str:
-        [completion] = Engine(model, tokenizer).generate(
-            ["It"], SamplingConfig(temperature=0.7), max_new_tokens=8, seeds=0
-        )
-        return completion.text
-
     trainer = make_trainer(
-        folder / name, data, wide_model(pattern, seed=seed), num_workers=2, write_sample=write,
+        folder / name, data, wide_model(pattern, seed=seed), num_workers=2,
+        write_sample=writes(data),
         max_steps=14, batch_size=8, micro_batch_size=2, dropout=0.1, eval_every=2, eval_batches=2,
         sample_every=5, save_every=4, tracker=sigterm_at(6) if stopped else None,
         # A run that goes on makes outputs again for two steps, then decides whether to keep them:
