@@ -222,11 +222,13 @@ def build_optimizers(
         "betas": (config.betas[0], config.betas[1]),
         "eps": config.eps,
     }
-    optimizers: list[torch.optim.Optimizer] = [
-        AdamW(groups, **settings)
-        if _takes_kernel(config.impl, [p for group in groups for p in group["params"]])
-        else torch.optim.AdamW(groups, **settings, fused=True)
-    ]
+    optimizers: list[torch.optim.Optimizer] = []
+    if groups:  # with LoRA under Muon there are matrices inside the blocks alone
+        optimizers.append(
+            AdamW(groups, **settings)
+            if _takes_kernel(config.impl, [p for group in groups for p in group["params"]])
+            else torch.optim.AdamW(groups, **settings, fused=True)
+        )
     if by_kind["muon"]:
         optimizers.append(
             Muon(

@@ -106,11 +106,14 @@ def test_a_source_that_is_none_is_named(
     assert not (tmp_path / "run").exists()
 
 
-def test_lora_learns_goes_on_and_is_merged_on_the_way_out(tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_lora_learns_goes_on_and_is_merged_on_the_way_out(
+    kind: str, tmp_path: Path, text: Path
+) -> None:
     theirs = foreign(tmp_path / "theirs", "granite")
     tokenizer().save(tmp_path / "theirs")
     changes = ("lora.rank=4", "optimizer.learning_rate=0.02", "training.max_steps=8",
-               "training.save_every=4")  # fmt: skip
+               "training.save_every=4", f"optimizer.kind={kind}")  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_here(arguments(tmp_path / "theirs", whole, text, *changes)) == 0
     losses = [row["loss"] for row in read_metrics(whole / "metrics.jsonl")]
